@@ -1,0 +1,9 @@
+"""Tasks by name. Adding one: a file beside this one, and a line here."""
+
+from collections.abc import Callable
+
+from fedlam_app.config import RunConfig
+from fedlam_app.tasks.base import Task
+from fedlam_app.tasks.channel_prediction import ChannelPrediction
+
+TASKS: dict[str, Callable[[RunConfig], Task]] = {"channel-prediction": ChannelPrediction}

@@ -1,0 +1,60 @@
+"""The contract of a task: what is learned, from which data, and how it is scored.
+
+A task supplies the three modules of a ``SplitModel``, its data, its loss and its metrics. A strategy
+decides where each module runs and what is averaged; so any task runs under any strategy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedlam_app.models.split import SplitModel
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one sample costs at the cuts, for the wireless model and for planning."""
+
+    flops_device: float  # embedding and head, forward
+    flops_server: float  # backbone, forward
+    elements_embedding: int  # float32 elements that cross the first cut
+    elements_representation: int  # ... and the second
+
+
+class Task(Protocol):
+    """One learning problem over devices; everything random in it is keyed by the run's seed."""
+
+    def prepare(self) -> None:
+        """Make what takes long and is cached (channels, weights), once, before any worker asks for it."""
+
+    def build_model(self) -> SplitModel:
+        """Return the initial model: the same on every call, in every process."""
+
+    def batch(self, device: int, round: int, step: int) -> Any:
+        """Return the training batch of a device at a local step of a round."""
+
+    def loss(self, model: SplitModel, batch: Any) -> Tensor:
+        """Return the scalar training loss of a batch."""
+
+    def examples(self, device: int) -> int:
+        """Return how many training examples a device has: its weight in the mean."""
+
+    def chunks(self, split: str) -> list[int]:
+        """Return the ids of the evaluation chunks of 'train' (the union of all shards) or 'test'."""
+
+    def evaluate(self, model: SplitModel, chunk: int, antennas: int) -> NDArray[np.float64]:
+        """Return the sums that metrics are made of, a row a user: (users, columns)."""
+
+    def metrics(self, split: str, table: NDArray[np.float64]) -> dict[str, Any]:
+        """Return the metrics of a split from the rows of all its chunks, in order."""
+
+    def baseline(self, name: str) -> dict[str, Any]:
+        """Return the metrics of a predictor that is not federated, on the same users and noise."""
+
+    def cost(self) -> Cost:
+        """Return the cost of one sample."""

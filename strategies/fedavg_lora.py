@@ -1,0 +1,40 @@
+"""FedAvg on what trains: the weighted mean of the adapters.
+
+H. B. McMahan, E. Moore, D. Ramage, S. Hampson, B. Agüera y Arcas, "Communication-Efficient Learning
+of Deep Networks from Decentralized Data", AISTATS 2017, arXiv:1602.05629, algorithm 1; on LoRA
+adapters: J. Zhang et al., "Towards Building the Federated GPT: Federated Instruction Tuning" (FedIT),
+ICASSP 2024, arXiv:2305.05644.
+
+    v_{t+1} = sum_k n_k v_{t+1}^k / sum_k n_k
+
+Departure: mean(B) mean(A) differs from mean(BA); this rule averages the factors, as FedIT does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedlam_app.base.vectors import Vector, WeightedMean
+from strategies.algorithm import Vectors
+
+
+class FedAvgLora:
+    """One global vector; a round is its weighted mean over the devices that replied."""
+
+    def init(self, vector: Vector, devices: Sequence[int]) -> None:
+        self._vector, self._devices, self._mean = vector, devices, WeightedMean()
+
+    def rows(self) -> list[int]:
+        return [0] * len(self._devices)
+
+    def fold(self, device: int, vector: Vector, weight: float) -> None:
+        self._mean.add(vector, weight)
+
+    def step(self) -> None:
+        self._vector, self._mean = self._mean.value(), WeightedMean()
+
+    def models(self) -> Vectors:
+        return self._vector[None]  # (1, p)
+
+    def load(self, models: Vectors) -> None:
+        self._vector = models[0]
