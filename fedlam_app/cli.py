@@ -1,0 +1,148 @@
+"""`fedlam`: run a job, rebuild its report, list what can be named, examine the machine.
+
+Heavy imports (torch, flwr, matplotlib) stay inside the commands: `fedlam --help` is instant.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+app = typer.Typer(
+    name="fedlam",
+    help="Federated training of large AI models across a wireless edge.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RunConfigOption = Annotated[
+    list[str] | None,
+    typer.Option("--run-config", "-c", help="Keys to change, 'k=v k2=v2', or a TOML file; may be repeated."),
+]
+
+
+@app.command()
+def run(
+    run_config: RunConfigOption = None,
+    supernodes: Annotated[
+        int | None, typer.Option(help="SuperNodes that carry the devices; the CPU cores are best.")
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Folder of the run; default ~/fedlam-runs/<job>.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the killed run in that folder.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Validate, print the command, start nothing.")
+    ] = False,
+    app_path: Annotated[
+        Path | None,
+        typer.Option("--app", help="Checkout that Flower bundles; default: the one that is installed."),
+    ] = None,
+) -> None:
+    """Validate a configuration, run it through `flwr run`, and exit 1 if the run failed."""
+    from fedlam_app import launch
+    from fedlam_app.config import ConfigError, Scalar
+
+    flags: dict[str, Scalar] = {}
+    if supernodes is not None:
+        flags["federation.supernodes"] = supernodes
+    if results is not None:
+        flags["results"] = str(results)
+    if resume:
+        flags["resume"] = True
+    try:
+        config = launch.resolve(launch.read_overrides(run_config or []) | flags)
+        folder = launch.app_folder(app_path)
+        command = launch.command(folder, config)
+    except ConfigError as error:
+        _refuse(str(error))
+    typer.echo(f"results: {config.results}")
+    if dry_run:
+        typer.echo(launch.shown(command))
+        return
+    code = launch.submit(folder, config, say=lambda text: typer.echo(text, err=True))
+    typer.echo(f"results: {config.results}")
+    raise typer.Exit(code)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A run's results folder.")]) -> None:
+    """Rebuild the plots and report.html of a run folder, and print its final table."""
+    from rich.console import Console
+
+    from fedlam_app.experiments import report as reporting
+
+    try:
+        page = reporting.write_report(folder)
+        table = reporting.final_table(reporting.read_run(folder).records)
+    except ValueError as error:
+        _refuse(str(error))
+    Console().print(table)
+    typer.echo(str(page))
+
+
+@app.command("ls")
+def list_names() -> None:
+    """List strategies, tasks, models, backbones, and every configuration key with its default."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedlam_app import config
+    from fedlam_app.models import backbones
+    from fedlam_app.tasks import TASKS
+    from strategies import ALGORITHMS
+
+    names = Table(show_header=False, box=None, padding=(0, 2))
+    for kind, found in (
+        ("strategies", ALGORITHMS),
+        ("tasks", TASKS),
+        ("models", config.LLM_MODELS + config.SMALL_MODELS),
+        ("backbones", backbones.NAMES),
+        ("competitors", config.COMPETITORS),
+        ("scenarios", config.SCENARIOS),
+    ):
+        names.add_row(f"[bold]{kind}[/]", ", ".join(found))
+    keys = Table(title="Configuration keys (--run-config)", title_justify="left")
+    for column in ("key", "default", "allowed", "meaning"):
+        keys.add_column(column, overflow="fold")
+    for key, default, allowed, meaning in config.describe():
+        keys.add_row(
+            key, str(default).lower() if isinstance(default, bool) else str(default), allowed, meaning
+        )
+    console = Console()
+    console.print(names)
+    console.print(keys)
+
+
+@app.command()
+def doctor() -> None:
+    """Look for what would make a run fail (a stale SuperLink, missing weights); exit 1 on a finding."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedlam_app.doctor import examine
+
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    table.add_column()
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    well = True
+    for finding in examine():
+        table.add_row("[green]ok[/]" if finding.well else "[bold red]!![/]", finding.what, finding.detail)
+        well = well and finding.well
+    Console().print(table)
+    raise typer.Exit(0 if well else 1)
+
+
+def _refuse(reason: str) -> NoReturn:
+    """Print one sentence and exit 2, as typer does for wrong options."""
+    typer.secho(f"fedlam: {reason}", fg=typer.colors.RED, err=True)
+    raise typer.Exit(2)
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,83 @@
+"""Which experiments a job consists of: a cell is a name and the configuration keys that it changes.
+
+The case study of "Edge Large AI Models" (arXiv:2505.00321): LLM4CP federated over 1, 2, 5 and 10 edge
+servers with 5 % of the data each, beside the same model and small networks trained alone on a shard,
+the pooled upper bound, and classical predictors that need no training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fedlam_app.config import RunConfig, Scalar
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One experiment: ``overrides`` on the run's configuration, or a classical predictor by name."""
+
+    name: str  # 'fed-10', 'gru-local', 'central', 'ar'; unique within a seed
+    label: str  # for tables and legends
+    seed: int
+    overrides: dict[str, Scalar] = field(default_factory=dict)
+    classical: str = ""  # name of a predictor without training; overrides are then empty
+
+    @property
+    def key(self) -> str:
+        """The name of this cell's state file."""
+        return f"{self.name}-seed{self.seed}"
+
+
+def cells_of(config: RunConfig) -> list[Cell]:
+    """Return the cells of the configured job, in the order in which they run."""
+    if config.job == "train":
+        label = f"{config.model.name}, {config.strategy}, {config.train.devices} servers"
+        return [Cell(config.strategy, label, config.seed)]
+    study = config.case_study
+    return [cell for seed in study.seeds for cell in _of_seed(config, seed)]
+
+
+def _of_seed(config: RunConfig, seed: int) -> list[Cell]:
+    study, most = config.case_study, max(config.case_study.servers)
+    own: dict[str, Scalar] = {"seed": seed}
+    cells = [
+        Cell(
+            f"fed-{servers}",
+            f"Federated LLM4CP, {servers} server{'s' if servers > 1 else ''}",
+            seed,
+            {**own, "train.devices": servers},
+        )
+        for servers in sorted(study.servers, reverse=True)
+    ]
+    for name in study.competitors:
+        if name == "central":
+            overrides: dict[str, Scalar] = {**own, "strategy": "central", "train.devices": most}
+            cells.append(Cell(name, "Pooled central LLM4CP", seed, overrides))
+        elif name.endswith("-local"):
+            cells.append(_local(name.removesuffix("-local"), own, most, config))
+        else:
+            cells.append(Cell(name, CLASSICAL_LABELS[name], seed, classical=name))
+    return cells
+
+
+def _local(model: str, own: dict[str, Scalar], most: int, config: RunConfig) -> Cell:
+    """Every shard alone. Ten models are ten evaluations, so they are scored at fewer rounds."""
+    seldom = max(1, config.train.rounds // 3)
+    overrides: dict[str, Scalar] = {
+        **own,
+        "strategy": "local",
+        "train.devices": most,
+        "train.evaluate-every": seldom,
+    }
+    if model != "llm4cp":
+        overrides |= {"model.name": model, "model.anchor": "none"}
+    return Cell(f"{model}-local", f"{model.upper()} local (mean over shards)", int(own["seed"]), overrides)
+
+
+CLASSICAL_LABELS = {
+    "repeat-last": "No prediction (repeat last)",
+    "ar": "AR(10), forward-backward",
+    "pad": "PAD (Prony, angle-delay)",
+    "ridge": "Ridge on history and AR(10)",
+    "wiener-ar": "Wiener denoising + AR",
+}

@@ -1,0 +1,198 @@
+"""``report.html``: one file that needs no network, rebuilt at any time from the run's folder.
+
+Headline sentences, the final table with the strongest classical predictor marked and what loses to it, the
+plots (inline PNG), the resolved configuration, versions and machine.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlam_app.base.store import atomic_file
+from fedlam_app.config import defaults
+from fedlam_app.experiments import track
+from fedlam_app.experiments.plots import write_plots
+from fedlam_app.experiments.summary import (
+    Row,
+    cells_of_row,
+    final_table,
+    headlines,
+    loses,
+    rows_of,
+    strongest_classical,
+)
+
+__all__ = ["Run", "final_table", "page", "read_run", "write_report"]
+
+PLOTS = "plots"
+CAPTIONS = {
+    "loss": "Loss and NMSE against the round. Bands are the range over seeds; dashed levels do not train.",
+    "servers": "Final held-out NMSE against the number of edge servers, each with its own shard.",
+    "speed": "Final held-out NMSE against the users' speed.",
+    "horizon": "Final held-out NMSE of each predicted slot.",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder says."""
+
+    path: Path
+    about: Mapping[str, Any]  # config.json
+    records: Sequence[Mapping[str, Any]]
+
+
+def read_run(folder: Path) -> Run:
+    """Return a run folder's contents; ``ValueError`` where it is none or holds no record yet."""
+    if not (folder / track.CONFIG).is_file():
+        raise ValueError(f"{folder} holds no run (no {track.CONFIG}); it must be a results folder")
+    records = track.read_metrics(folder)
+    if not records:
+        raise ValueError(f"{folder} holds no measurement yet (no record in {track.METRICS})")
+    return Run(folder, json.loads((folder / track.CONFIG).read_text(encoding="utf-8")), records)
+
+
+def write_report(folder: Path) -> Path:
+    """Redraw the plots, write ``report.html`` atomically, and return its path."""
+    run = read_run(folder)
+    plots = write_plots(run.records, folder / PLOTS)
+    path = folder / "report.html"
+    with atomic_file(path) as temporary:
+        temporary.write_text(page(run, plots), encoding="utf-8")
+    return path
+
+
+def page(run: Run, plots: Iterable[Path]) -> str:
+    """Return the report as one self-contained HTML document."""
+    rows = rows_of(run.records)
+    config = run.about.get("config", {})
+    study = config.get("job") == "case-study"
+    title = "Federated LLM4CP: the case study" if study else f"{config.get('model.name', 'Run')}"
+    said = headlines(rows) or ["No cell has finished yet: what follows is a run on its way."]
+    figures = "".join(_figure(path) for path in plots)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{_(title)}</title><style>{_CSS}</style></head><body><main>
+<header><h1>{_(title)}</h1><p class="sub">{_(_subtitle(config))}</p></header>
+<section><ul class="said">{"".join(f"<li>{_(line)}</li>" for line in said)}</ul></section>
+<section><h2>Final results, held-out users</h2>{_results(rows)}</section>
+<section><h2>Figures</h2>{figures}</section>
+<section><h2>Configuration</h2>{_configuration(config)}</section>
+<section><h2>Versions and machine</h2>{_about(run.about)}</section>
+</main></body></html>
+"""
+
+
+def _subtitle(config: Mapping[str, Any]) -> str:
+    get = config.get
+    parts = [
+        f"{get('data.scenario')} ({get('data.duplex')})" if get("data.source") == "sionna" else "",
+        f"channels: {get('data.source')}",
+        f"backbone: {get('model.backbone')}, {get('model.tuning')}",
+        f"{get('train.rounds')} rounds of {get('train.local-steps')} steps",
+        f"seeds: {get('case-study.seeds') if get('job') == 'case-study' else get('seed')}",
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def _results(rows: Sequence[Row]) -> str:
+    if not rows:
+        return "<p>None yet.</p>"
+    classical = strongest_classical(rows)
+    heads = (
+        "NMSE clean",
+        "NMSE noisy",
+        "NMSE per user",
+        "global loss",
+        "spectral eff.",
+        "trains",
+        "up",
+        "CPU",
+    )
+    units = ("dB", "dB", "dB", "dB", "bit/s/Hz", "%", "MB", "s")
+    head = "".join(f"<th>{name}<small>{unit}</small></th>" for name, unit in zip(heads, units, strict=True))
+    body = []
+    for row in rows:
+        mark, kind = "", ""
+        if classical is not None and row is classical:
+            mark, kind = ' <span class="tag best">strongest classical</span>', ' class="classical"'
+        elif loses(row, classical):
+            mark, kind = ' <span class="tag loss">behind it</span>', ' class="behind"'
+        figures = "".join(f"<td>{_(text)}</td>" for text in cells_of_row(row))
+        body.append(f"<tr{kind}><th>{_(row.label)}{mark}</th>{figures}</tr>")
+    table = f"<table class='results'><tr><th></th>{head}</tr>{''.join(body)}</table>"
+    return f"<div class='wide'>{table}</div><p class='note'>{_(_verdict(rows, classical))}</p>"
+
+
+def _verdict(rows: Sequence[Row], classical: Row | None) -> str:
+    spread = "± is half the range over seeds. " if any(row.seeds > 1 for row in rows) else ""
+    if classical is None:
+        return f"{spread}No classical predictor was run."
+    behind = [row.label for row in rows if loses(row, classical)]
+    if not behind:
+        return f"{spread}Every learned predictor is ahead of {classical.label}."
+    return f"{spread}Behind {classical.label}: {', '.join(behind)}."
+
+
+def _figure(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    caption = _(CAPTIONS.get(path.stem, path.stem))
+    image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+
+
+def _configuration(config: Mapping[str, Any]) -> str:
+    usual = defaults()
+    rows = []
+    for key, value in config.items():
+        changed = ' class="changed"' if key in usual and usual[key] != value else ""
+        shown = str(value).lower() if isinstance(value, bool) else str(value)
+        rows.append(f"<tr{changed}><th>{_(key)}</th><td>{_(shown)}</td></tr>")
+    return f"<p class='note'>Bold differs from the default.</p><table class='keys'>{''.join(rows)}</table>"
+
+
+def _about(about: Mapping[str, Any]) -> str:
+    commit = {"commit": about.get("commit") or "none"}
+    pairs = {**about.get("versions", {}), **about.get("machine", {}), **commit}
+    rows = "".join(f"<tr><th>{_(str(key))}</th><td>{_(str(value))}</td></tr>" for key, value in pairs.items())
+    return f"<table class='keys'>{rows}</table>"
+
+
+def _(text: str) -> str:
+    return html.escape(text)
+
+
+_CSS = """
+:root{--ink:#22272e;--soft:#5b6570;--line:#dfe3e8;--blue:#0b4a7a;--paper:#fff}
+*{box-sizing:border-box}
+body{margin:0;background:#f5f7f9;color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}
+main{max-width:68rem;margin:0 auto;padding:2.5rem 2rem 4rem;background:var(--paper)}
+h1{margin:0;font-size:1.9rem;line-height:1.2;color:var(--blue)} .sub{margin:.4rem 0 0;color:var(--soft)}
+h2{margin:2.6rem 0 .8rem;font-size:1.2rem;border-bottom:1px solid var(--line);padding-bottom:.3rem}
+.said{margin:1.6rem 0 0;padding:1rem 1.2rem 1rem 2.2rem;background:#eef4f9;border-left:4px solid var(--blue)}
+.said li:first-child{font-weight:650;font-size:1.08rem}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+.results{width:100%;font-size:.92rem}
+.results th,.results td{padding:.42rem .6rem;border-bottom:1px solid var(--line)}
+.results td{text-align:right;white-space:nowrap}
+.results th{text-align:left;font-weight:500}
+.results tr:first-child th{text-align:right;color:var(--soft)}
+.results small{display:block;font-weight:400}
+.classical{background:#e9f6f1} .behind td{color:var(--soft)}
+.tag{font-size:.74rem;padding:.08rem .45rem;border-radius:.6rem;white-space:nowrap}
+.best{background:#009E73;color:#fff} .loss{background:#f1e3da;color:#a04400}
+.note{color:var(--soft);font-size:.92rem}
+figure{margin:1.6rem 0} img{max-width:100%;height:auto} figcaption{color:var(--soft);font-size:.9rem}
+.keys{font-size:.86rem}
+.keys th{text-align:left;font-weight:400;padding:.12rem 1.4rem .12rem 0;color:var(--soft)}
+.keys td{font-family:ui-monospace,monospace} .changed th,.changed td{font-weight:700;color:var(--ink)}
+@media print{body{background:#fff}main{padding:0}}
+""".strip()

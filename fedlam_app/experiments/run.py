@@ -1,0 +1,181 @@
+"""Run the cells of a job on one warm federation: train, evaluate, record, save, resume.
+
+Cells do not depend on each other, and a cell with one device keeps only one worker busy, so a few run
+side by side; their numbers do not depend on that. A round is saved after its record is written: a run
+that is killed between the two measures that round again, and gets the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from fedlam_app.base.registry import pick
+from fedlam_app.base.vectors import pack
+from fedlam_app.config import RunConfig, Scalar, parse
+from fedlam_app.experiments.cells import Cell
+from fedlam_app.experiments.track import RunFolder
+from fedlam_app.tasks import TASKS
+from fedlam_app.tasks.base import Task
+from strategies import ALGORITHMS
+from strategies.base import Cost, Federation, Grid
+
+ALL_ANTENNAS = 0
+Say = Callable[[str], None]
+
+
+def run_cells(
+    grid: Grid,
+    base: Mapping[str, Scalar],
+    cells: Sequence[Cell],
+    folder: RunFolder,
+    side_by_side: int,
+    say: Say,
+) -> None:
+    """Run every cell that ``folder`` has no final record of; the first failure stops the run."""
+    lock = threading.Lock()
+    pending = [cell for cell in cells if not folder.finished(cell.key)]
+    with ThreadPoolExecutor(max(1, side_by_side), thread_name_prefix="cell") as pool:
+        futures = [pool.submit(_Run(grid, base, cell, folder, lock, say).run) for cell in pending]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@dataclass
+class Totals:
+    """What a cell has cost so far; saved with its state, so that a resumed run goes on counting."""
+
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    peak_rss_bytes: int = 0
+
+    def charge(self, cost: Cost, wall_s: float) -> None:
+        """Add a round or an evaluation."""
+        self.wall_s += wall_s
+        self.cpu_s += cost.cpu_s
+        self.bytes_up += cost.bytes_up
+        self.bytes_down += cost.bytes_down
+        self.peak_rss_bytes = max(self.peak_rss_bytes, cost.peak_rss_bytes)
+
+
+class _Run:
+    """One cell on its way: its task, its totals and its records."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        base: Mapping[str, Scalar],
+        cell: Cell,
+        folder: RunFolder,
+        lock: threading.Lock,
+        say: Say,
+    ) -> None:
+        self.grid, self.cell, self.folder, self.lock, self.say = grid, cell, folder, lock, say
+        self.config: RunConfig = parse({**base, **cell.overrides})
+        self.totals = Totals()
+
+    def run(self) -> None:
+        """Produce the cell's records, from where the folder's state ends."""
+        self.task: Task = pick(TASKS, self.config.task, "task")(self.config)
+        if self.cell.classical:
+            wall_s, cpu_s = time.monotonic(), time.thread_time()
+            scores = self.task.baseline(self.cell.classical)
+            self.totals.charge(Cost(cpu_s=time.thread_time() - cpu_s), time.monotonic() - wall_s)
+            self._record(0, {**scores, "kind": "final"})
+        else:
+            self._train()
+
+    def _train(self) -> None:
+        config, model = self.config, self.task.build_model()
+        devices = [0] if config.strategy == "central" else list(range(config.train.devices))
+        algorithm = pick(ALGORITHMS, config.strategy, "strategy")()
+        algorithm.init(pack(model.trainable().values()), devices)
+        cell = json.dumps(self.cell.overrides, sort_keys=True)
+        supernodes, timeout_s = config.federation.supernodes, config.federation.timeout_s
+        federation = Federation(algorithm, cell, devices, supernodes, timeout_s)
+        done = self._resume(federation)
+        if done < 0:
+            self._record(0, self._evaluate(federation, last=False))
+            self._save(federation, 0)
+        for round in range(max(done, 0) + 1, config.train.rounds + 1):
+            started = time.monotonic()
+            cost = federation.train_round(self.grid, round)
+            self.totals.charge(cost, time.monotonic() - started)
+            last = round == config.train.rounds
+            if last or round % config.train.evaluate_every == 0:
+                scores = self._evaluate(federation, last)
+                own = {"own_loss": federation.loss, "failures": len(cost.failures)}
+                share = {"kind": "final", "trainable_share": model.trainable_share()} if last else {}
+                self._record(round, {**scores, **own, **share})
+            self._save(federation, round)
+
+    def _evaluate(self, federation: Federation, last: bool) -> dict[str, Any]:
+        """Score the current models: the global loss over all shards, and the held-out users."""
+        models = len(federation.algorithm.models())
+        some = self.config.train.evaluate_antennas
+        # All antennas give the spectral efficiency too; one model a device would make that dear.
+        antennas = {"train": some, "test": ALL_ANTENNAS if last and models == 1 else some}
+        scores: list[dict[str, Any]] = [{} for _ in range(models)]
+        for split, count in antennas.items():
+            started = time.monotonic()
+            tables = federation.evaluate(self.grid, self.task.chunks(split), count)
+            self.totals.charge(federation.cost, time.monotonic() - started)
+            for score, table in zip(scores, tables, strict=True):
+                score.update(self.task.metrics(split, table))
+        if models == 1:
+            return scores[0]
+        each = {f"{key}_each": [score[key] for score in scores] for key in ("train_loss_db", "nmse_clean_db")}
+        return {**_mean(scores), **each}
+
+    def _record(self, round: int, scores: Mapping[str, Any]) -> None:
+        cell = self.cell
+        record = {"key": cell.key, "cell": cell.name, "label": cell.label, "seed": cell.seed, "round": round}
+        with self.lock:
+            self.folder.append_metrics({**record, **scores, **asdict(self.totals)})
+        self.say(
+            f"{cell.label}, seed {cell.seed}: round {round}, global loss {scores['train_loss_db']:.2f} dB,"
+            f" held-out NMSE {scores['nmse_clean_db']:.2f} dB (clean), {self.totals.wall_s:.0f} s"
+        )
+
+    def _save(self, federation: Federation, round: int) -> None:
+        arrays = {"models": federation.algorithm.models()}
+        self.folder.save_state(self.cell.key, arrays, {"round": round, "totals": asdict(self.totals)})
+
+    def _resume(self, federation: Federation) -> int:
+        """Load the last saved round and forget records after it; -1 where there is none."""
+        state = self.folder.load_state(self.cell.key)
+        round = -1
+        if state is not None:
+            arrays, meta = state
+            federation.algorithm.load(arrays["models"].astype(np.float32))
+            round, self.totals = int(meta["round"]), Totals(**meta["totals"])
+        with self.lock:
+            self.folder.drop_after(self.cell.key, round)
+        return round
+
+
+def _mean(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Average every metric over models, in dB where it is in dB, through lists and tables alike."""
+    first = scores[0]
+    return {key: _average([score[key] for score in scores]) for key in first}
+
+
+def _average(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], Mapping):
+        return {key: _average([value[key] for value in values]) for key in values[0]}
+    if isinstance(values[0], list):
+        return [_average(list(column)) for column in zip(*values, strict=True)]
+    return float(np.mean(values))

@@ -1,0 +1,205 @@
+"""A run's folder: what was asked, what was measured, and what a killed run needs to go on.
+
+    config.json        resolved configuration, versions, machine, commit; written once
+    metrics.jsonl      one JSON object a line, flushed as it is written; the only source of plots and tables
+    state/NAME.safetensors   arrays and a little JSON, replaced atomically: always a whole round, never half
+    plots/, report.html, adapter/   made at the end by others
+
+A record has at least ``cell`` (which experiment of the run, such as 'fed-10'), ``label`` (the same for
+people), ``seed``, ``key`` (cell and seed in one word) and ``round``; the last one of a key has ``kind =
+'final'``. A folder belongs to one configuration: another one is refused, so nothing that was saved is ever
+mixed or lost. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlam_app.base import machine
+from fedlam_app.base.store import atomic_file, write_json
+from fedlam_app.config import ConfigError, RunConfig, Scalar, identity, results_folder, to_flat
+
+Metrics = dict[str, Any]
+
+CONFIG, METRICS, STATE = "config.json", "metrics.jsonl", "state"
+
+
+class RunFolder:
+    """An open run folder; create it with :meth:`open`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def open(cls, config: RunConfig) -> RunFolder:
+        """Create the folder of ``config``, or open it to resume.
+
+        A fresh run takes a folder that is absent or empty, or that holds this very configuration without
+        one saved record. Anything else is left alone: ``ConfigError``.
+        """
+        path = results_folder(config)
+        check(path, config)
+        folder = cls(path)
+        if not (path / CONFIG).is_file():
+            write_json(
+                path / CONFIG,
+                {
+                    "config": to_flat(config),
+                    "versions": machine.versions(),
+                    "machine": machine.processor(),
+                    "commit": machine.commit(Path(__file__).parent),
+                },
+            )
+        folder._drop_torn_line()
+        return folder
+
+    def config(self) -> dict[str, object]:
+        """Return ``config.json``: the keys config, versions, machine, commit."""
+        return _read_config(self.path)
+
+    def append_metrics(self, record: Mapping[str, object]) -> None:
+        """Append one record as one line of strict JSON, flushed; NaN and infinities become null."""
+        line = json.dumps(_plain(record), allow_nan=False, ensure_ascii=False)
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def read_metrics(self) -> list[Metrics]:
+        """Return every whole record, in the order of writing."""
+        return read_metrics(self.path)
+
+    def drop_after(self, key: str, round: int) -> None:
+        """Forget the records of ``key`` after ``round``, and its final one: they are measured again."""
+        kept = [
+            record
+            for record in self.read_metrics()
+            if _key_of(record) != key or (record.get("kind") != "final" and record["round"] <= round)
+        ]
+        with atomic_file(self.path / METRICS) as temporary:
+            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in kept]
+            temporary.write_text("".join(lines), encoding="utf-8")
+
+    def finished(self, key: str) -> bool:
+        """Whether ``key`` has its final record: a resumed run skips it."""
+        return any(record.get("kind") == "final" and _key_of(record) == key for record in self.read_metrics())
+
+    def save_state(
+        self, name: str, arrays: Mapping[str, NDArray[np.generic]], meta: Mapping[str, object]
+    ) -> Path:
+        """Replace ``state/<name>.safetensors`` atomically by ``arrays`` and the JSON ``meta``."""
+        from safetensors.numpy import save_file
+
+        path = self.path / STATE / f"{name}.safetensors"
+        with atomic_file(path) as temporary:
+            whole = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
+            save_file(whole, temporary, metadata={"meta": json.dumps(_plain(meta))})
+        return path
+
+    def load_state(self, name: str) -> tuple[dict[str, NDArray[np.generic]], Metrics] | None:
+        """Return (arrays, meta) as they were saved, or ``None`` where nothing was."""
+        from safetensors import safe_open
+
+        path = self.path / STATE / f"{name}.safetensors"
+        if not path.is_file():
+            return None
+        with safe_open(path, framework="numpy") as file:
+            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
+            return arrays, json.loads(file.metadata()["meta"])
+
+    def _drop_torn_line(self) -> None:
+        """A kill in the middle of a write leaves half a line at the end: cut it off."""
+        path = self.path / METRICS
+        if not path.is_file():
+            return
+        data = path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            with path.open("r+b") as file:
+                file.truncate(whole)
+
+
+def check(path: Path, config: RunConfig) -> None:
+    """Raise ``ConfigError`` unless ``config`` may write into ``path``; touches nothing."""
+    if config.resume and not (path / CONFIG).is_file():
+        raise ConfigError(
+            f"'resume' = true needs a run to resume, and {path} holds none (it has no {CONFIG})"
+        )
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not (path / CONFIG).is_file():
+        raise ConfigError(
+            f"'results' = '{path}' holds files that are not a run's; it must be empty or not exist yet"
+        )
+    saved = _saved_config(path)
+    ours = to_flat(config)
+    differing = [
+        key
+        for key in {**identity(ours), **identity(saved)}
+        if key not in saved or key not in ours or saved[key] != ours[key]
+    ]
+    if differing:
+        key, count = differing[0], f"{len(differing)} key{'s'[: len(differing) > 1]}"
+        raise ConfigError(
+            f"'results' = '{path}' holds another run: its '{key}' is {saved.get(key)!r} and this one's is"
+            f" {ours.get(key)!r} ({count} in all); name an empty folder, or resume it with its own keys"
+        )
+    if not config.resume and read_metrics(path):
+        raise ConfigError(
+            f"'results' = '{path}' already holds this run's results; continue it with resume = true,"
+            " or name an empty folder"
+        )
+
+
+def read_metrics(path: Path) -> list[Metrics]:
+    """Return every whole record of a run folder: a torn last line is skipped, any other is an error."""
+    file = path / METRICS
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8").split("\n")
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is torn, or empty
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{file}, line {number}: not JSON ({error.msg}); a record must be one line"
+            ) from None
+    return records
+
+
+def _read_config(path: Path) -> dict[str, object]:
+    try:
+        return json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path / CONFIG} cannot be read ({error}); it must be a run folder's") from None
+
+
+def _saved_config(path: Path) -> dict[str, Scalar]:
+    saved = _read_config(path).get("config")
+    if not isinstance(saved, dict):
+        raise ConfigError(f"{path / CONFIG} has no table 'config'; it must be a run folder's")
+    return saved
+
+
+def _key_of(record: Metrics) -> object:
+    """A record belongs to its ``key`` (cell and seed), or to its cell where a run has one seed."""
+    return record.get("key", record.get("cell"))
+
+
+def _plain(value: object) -> object:
+    """Turn NumPy values, tuples and paths into JSON's types, and what is not finite into null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.generic | np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
