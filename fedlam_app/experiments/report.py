@@ -161,8 +161,8 @@ def _configuration(config: Mapping[str, Any]) -> str:
 def _about(about: Mapping[str, Any]) -> str:
     commit = {"commit": about.get("commit") or "none"}
     pairs = {**about.get("versions", {}), **about.get("machine", {}), **commit}
-    rows = "".join(f"<tr><th>{_(str(key))}</th><td>{_(str(value))}</td></tr>" for key, value in pairs.items())
-    return f"<table class='keys'>{rows}</table>"
+    rows = [f"<tr><th>{_(str(key))}</th><td>{_(str(value))}</td></tr>" for key, value in pairs.items()]
+    return f"<table class='keys'>{''.join(rows)}</table>"
 
 
 def _(text: str) -> str:
@@ -172,7 +172,7 @@ def _(text: str) -> str:
 _CSS = """
 :root{--ink:#22272e;--soft:#5b6570;--line:#dfe3e8;--blue:#0b4a7a;--paper:#fff}
 *{box-sizing:border-box}
-body{margin:0;background:#f5f7f9;color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}
+body{margin:0;background:#f5f7f9;color:var(--ink);font:16px/1.55 system-ui,"Segoe UI",sans-serif}
 main{max-width:68rem;margin:0 auto;padding:2.5rem 2rem 4rem;background:var(--paper)}
 h1{margin:0;font-size:1.9rem;line-height:1.2;color:var(--blue)} .sub{margin:.4rem 0 0;color:var(--soft)}
 h2{margin:2.6rem 0 .8rem;font-size:1.2rem;border-bottom:1px solid var(--line);padding-bottom:.3rem}

@@ -99,7 +99,9 @@ class _Run:
             self._train()
 
     def _train(self) -> None:
-        config, model = self.config, self.task.build_model()
+        config = self.config
+        with self.lock:  # torch's generator is one for all threads: two models built at once would mix draws
+            model = self.task.build_model()
         devices = [0] if config.strategy == "central" else list(range(config.train.devices))
         algorithm = pick(ALGORITHMS, config.strategy, "strategy")()
         algorithm.init(pack(model.trainable().values()), devices)

@@ -16,6 +16,7 @@ carried, or counted, that cannot influence the output.
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,6 +201,7 @@ def _quiet() -> None:
     """Silence the loading bars and reports of transformers: dropping the pooler is intended."""
     from transformers.utils import logging
 
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft asks for it
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

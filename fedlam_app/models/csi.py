@@ -43,7 +43,7 @@ class Side(NamedTuple):
 
     taps: Tensor  # (B, T, K) complex, unit mean power
     amplitude: Tensor  # (B, 1, 1)
-    covariance: Tensor  # (B, G, T, T) complex, unit mean diagonal
+    covariance: Tensor  # (B, G, T, T) complex128, unit mean diagonal
     log_spectrum: Tensor  # (B, G, J)
     anchor: Tensor | None  # (B, F, K) complex taps of the anchor forecast
 
@@ -97,10 +97,10 @@ class Embedding(nn.Module):
         grouped = taps[:, None] * members[None, :, None]  # (B, G, T, K)
         covariance = grouped @ grouped.mH / members.sum(-1)[:, None, None]  # (B, G, T, T)
         level = covariance.diagonal(dim1=-2, dim2=-1).real.mean(-1)[..., None] + 1e-6  # (B, G, 1)
-        covariance = covariance / level[..., None]
+        covariance = (covariance / level[..., None]).to(torch.complex128)
         # A weak group is mostly noise: its covariance needs more loading to be inverted.
         loading = 0.02 + 0.01 / level[..., None]
-        log_spectrum = doppler.capon(covariance, self.plane.past, loading).log()  # (B, G, J)
+        log_spectrum = doppler.capon(covariance, self.plane.past, loading).log().float()  # (B, G, J)
 
         spectra = torch.cat([0.3 * level.log(), 0.5 * (log_spectrum + 4.0)], -1)  # (B, G, 1 + J)
         noise = profile[:, self.plane.late].mean(-1, keepdim=True)  # (B, 1)
@@ -135,11 +135,13 @@ class Head(nn.Module):
         past, members = self.plane.past, self.plane.members
         out = torch.einsum("bsd,sdo->bso", tokens, self.spectra) + self.spectra_bias
         out = out.reshape(len(tokens), len(members), ATOMS + 1)  # (B, G, J + 1)
-        spectrum = torch.softmax(out[..., :-1] + self.trust * side.log_spectrum, -1)  # (B, G, J)
-        noise = out[..., -1].exp() + 1e-4  # (B, G)
+        logits = (out[..., :-1] + self.trust * side.log_spectrum).double()
+        spectrum = torch.softmax(logits, -1)  # (B, G, J)
+        noise = out[..., -1].double().exp() + 1e-4  # (B, G)
         for _ in range(STEPS):
             spectrum = doppler.likelier(spectrum, noise, side.covariance, past)
         predictor = doppler.mmse_predictor(spectrum, noise, past, self.plane.future)  # (B, G, F, T)
+        predictor = predictor.to(side.taps.dtype)
         future = ((predictor @ side.taps[:, None]) * members[:, None]).sum(1)  # (B, F, K)
         gate = torch.sigmoid(self.gates(tokens.flatten(1)))  # (B, K)
         future = future * gate[:, None] * side.amplitude

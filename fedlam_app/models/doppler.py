@@ -2,7 +2,9 @@
 
 A tap of a 3GPP channel is a sum of rays, each turning at its own Doppler shift nu [cycles/slot], so its
 history d (T,) has the covariance R = sum_j p_j a_j a_j^H + n I with atoms a_j[t] = exp(2 pi i nu_j t):
-p is its Doppler spectrum and n its noise. Everything here follows from (p, n) in closed form.
+p is its Doppler spectrum and n its noise. Everything here follows from (p, n) in closed form, in double
+precision: R spans four orders of magnitude, and in single its inverse would carry the rounding of whatever
+shared a batch with the row.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ FLOOR = 1e-6  # keeps spectra positive in single precision
 
 def atoms(grid: Tensor, first: int, slots: int) -> Tensor:
     """Return the atoms a_j[t], t = first .. first + slots - 1, of the shifts ``grid`` (J,): (slots, J)."""
-    return torch.exp(2j * torch.pi * grid * torch.arange(first, first + slots)[:, None])
+    times = torch.arange(first, first + slots, dtype=torch.float64)[:, None]
+    return torch.exp(2j * torch.pi * grid.double() * times)
 
 
 def quadratic(matrix: Tensor, past: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def export(model: SplitModel, folder: Path, backbone: str, blocks: int, summary:
     adapted = model.backbone.model if isinstance(model.backbone, Backbone) else None
     if isinstance(adapted, PeftModel):
         adapted.peft_config["default"].base_model_name_or_path = backbone
-        adapted.save_pretrained(str(folder))
+        adapted.save_pretrained(str(folder), save_embedding_layers=False)
     # What PEFT does not know: the device's modules and, under LN tuning, the norms of the backbone.
     rest = {name: p.detach().contiguous() for name, p in model.trainable().items() if "lora_" not in name}
     if rest:

@@ -1,0 +1,255 @@
+"""The command line: what is read, what is refused, what `flwr run` is told and what its answer means."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from fedlam_app import launch
+from fedlam_app.cli import app
+from fedlam_app.config import ConfigError, Scalar, parse
+from fedlam_app.experiments.track import RunFolder
+
+RANDOM = "model.backbone=random"  # needs no weights, so these tests need none
+
+
+def fedlam(*words: str) -> tuple[int, str]:
+    """Run a command in this process; return (exit code, output)."""
+    result = CliRunner().invoke(app, list(words))
+    return result.exit_code, result.output
+
+
+def understood(command: list[str]) -> dict[str, Scalar]:
+    """Read a command's --run-config with Flower's own parser."""
+    from flwr.common.config import parse_config_args
+
+    return parse_config_args([command[command.index("--run-config") + 1]])
+
+
+def test_a_dry_run_prints_the_command_and_starts_nothing(home: Path) -> None:
+    code, output = fedlam("run", "--dry-run", "-c", f"job=train {RANDOM}", "--supernodes", "3")
+    assert code == 0
+    first, second = output.splitlines()
+    assert first == f"results: {home / 'fedlam-runs' / 'train'}"
+    command = shlex.split(second)
+    assert command[1:4] == ["run", str(Path(launch.__file__).parents[1]), "--stream"]
+    assert command[-1] == "num-supernodes=3 client-resources-num-cpus=1"
+    assert understood(command) == {
+        "job": "train",
+        "results": str(home / "fedlam-runs" / "train"),
+        "model.backbone": "random",
+        "federation.supernodes": 3,
+    }
+    assert list(home.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["-c", "train.round=3"], "unknown key 'train.round'; did you mean 'train.rounds'?"),
+        (["-c", "train.rounds=three"], "'train.rounds' = 'three' is not allowed: it must be an integer"),
+        (["-c", "strategy=fedavg-lroa"], "unknown strategy 'fedavg-lroa'; did you mean 'fedavg-lora'?"),
+        (["-c", "train.rounds 3"], "'train.rounds 3' in --run-config is not a key=value"),
+        (["-c", "missing.toml"], "--run-config missing.toml cannot be read"),
+        (["-c", "model.weights=/nowhere"], "'model.weights' = '/nowhere' does not exist"),
+        (["--supernodes", "0"], "'federation.supernodes' = 0 is not allowed"),
+        (["--resume"], "needs a run to resume"),
+        (["--app", "/"], "/ is no FedLAM checkout"),
+    ],
+)
+def test_bad_input_exits_2_with_one_sentence(home: Path, words: list[str], reason: str) -> None:
+    code, output = fedlam("run", "--dry-run", "-c", RANDOM, *words)
+    assert code == 2
+    assert reason in output
+    assert len(output.splitlines()) == 1
+    assert list(home.iterdir()) == []
+
+
+def test_missing_weights_are_refused_with_what_was_tried(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(name: str, weights: str = "") -> Path:
+        raise ValueError(f"model.backbone = '{name}': no weights found; tried the hub")
+
+    monkeypatch.setattr("fedlam_app.models.backbones.locate", nowhere)
+    code, output = fedlam("run", "--dry-run")
+    assert code == 2
+    assert "no weights found; tried the hub" in output
+
+
+def test_relative_paths_become_absolute_here(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = launch.resolve({"results": "out/1", "data.cache": "~/c", "model.backbone": "random"})
+    assert (config.results, config.data.cache) == (str(tmp_path / "out" / "1"), str(home / "c"))
+
+
+def test_a_second_run_takes_the_next_free_folder_and_resume_the_last(home: Path) -> None:
+    base: dict[str, Scalar] = {"model.backbone": "random"}
+    first = launch.resolve(base)
+    RunFolder.open(first)
+    second = launch.resolve(base)
+    assert [Path(c.results).name for c in (first, second)] == ["case-study", "case-study-2"]
+    RunFolder.open(second)
+    assert launch.resolve({**base, "resume": True}).results == second.results
+
+
+def test_the_results_of_another_run_are_refused_before_flower_starts(home: Path) -> None:
+    RunFolder.open(parse({"results": str(home / "run"), "seed": 7}))
+    code, output = fedlam("run", "--dry-run", "-c", RANDOM, "--results", str(home / "run"))
+    assert code == 2
+    assert "holds another run: its 'seed' is 7" in output
+
+
+def test_overrides_of_every_form_mix_and_later_ones_win(tmp_path: Path) -> None:
+    file = tmp_path / "exp.toml"
+    file.write_text('job = "train"\n[train]\nlr = 1e-4\nrounds = 9\n', encoding="utf-8")
+    texts = [str(file), "train.rounds=3 data.source='/a b/c.npz'", 'model.name="gru" resume=true']
+    assert launch.read_overrides(texts) == {
+        "job": "train",
+        "train.lr": 1e-4,
+        "train.rounds": 3,
+        "data.source": "/a b/c.npz",
+        "model.name": "gru",
+        "resume": True,
+    }
+
+
+def test_lists_in_a_toml_file_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "exp.toml"
+    file.write_text("[case-study]\nservers = [1, 2]\n", encoding="utf-8")
+    with pytest.raises(
+        ConfigError, match=r"'case-study\.servers' in .* is a list; lists are comma-separated"
+    ):
+        launch.read_overrides([str(file)])
+
+
+@given(
+    st.floats(1e-9, 10, exclude_min=True),
+    st.text(
+        st.characters(
+            codec="utf-8", exclude_characters="\0\r\n'", exclude_categories=("Cc", "Cs", "Zl", "Zp")
+        )
+    ),
+)
+def test_flower_reads_what_we_wrote(lr: float, name: str) -> None:
+    config = parse({"train.lr": lr, "results": f"/runs/{name}", "resume": False})
+    read = understood(launch.command(launch.app_folder(), config))
+    assert read["results"] == f"/runs/{name}"
+    assert read.get("train.lr", parse({}).train.lr) == lr
+
+
+def test_the_environment_closes_flowers_traps() -> None:
+    env = launch.environment()
+    assert env["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
+    assert env["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (
+            {
+                "success": True,
+                "runs": [{"run-id": "12", "status": "finished:failed", "status-details": "boom"}],
+            },
+            "boom",
+        ),
+        (
+            {"success": True, "runs": [{"run-id": "13", "status": "running", "status-details": "x"}]},
+            "`flwr list`",
+        ),
+        ({"success": False, "error-message": "no SuperLink"}, "no SuperLink"),
+        (None, "answered 'nothing'"),
+    ],
+)
+def test_a_status_is_read_or_said_to_be_unknown(answer: object, status: str) -> None:
+    found = launch.status_of(json.dumps(answer) if answer else "", run_id=12)
+    assert status in found[1]
+    assert found[0] in ("finished:failed", "unknown")
+
+
+FLWR = """#!{python}
+import json, sys
+if sys.argv[1] == "run":
+    print("Successfully started run 4711", flush=True)
+    sys.stdout.buffer.write(b"raw \\xff bytes\\n")
+elif sys.argv[1] == "list":
+    print(json.dumps({{"success": True, "runs": [
+        {{"run-id": "4711", "status": "{status}", "status-details": "round 3: NaN"}}]}}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [("finished:completed", 0), ("finished:failed", 1), ("finished:stopped", 1)]
+)
+def test_the_exit_code_is_the_runs_and_not_flowers(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfdbinary: pytest.CaptureFixture[bytes],
+    status: str,
+    code: int,
+) -> None:
+    flwr = tmp_path / "flwr"
+    flwr.write_text(FLWR.format(python=sys.executable, status=status), encoding="utf-8")
+    flwr.chmod(0o755)
+    monkeypatch.setattr(launch, "_executable", lambda name: str(flwr))
+    said: list[str] = []
+    config = parse({"results": str(tmp_path / "run")})
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", os.fdopen(os.dup(1), "w"))
+        assert launch.submit(launch.app_folder(), config, say=said.append) == code
+    assert b"raw \xff bytes" in capfdbinary.readouterr().out
+    assert said == ([] if code == 0 else [f"run 4711 is {status}: round 3: NaN"])
+
+
+def test_the_bundle_carries_the_app_and_its_defaults_and_no_tests(tmp_path: Path) -> None:
+    import io
+    import zipfile
+
+    from flwr.cli.build import build_fab_from_disk
+
+    bundle = zipfile.ZipFile(io.BytesIO(build_fab_from_disk(launch.app_folder())))
+    names = bundle.namelist()
+    assert {"pyproject.toml", "fedlam_app/server_app.py", "fedlam_app/client_app.py"} <= set(names)
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", ".venv/"))]
+    bundle.extractall(tmp_path)
+    # In the copy that Flower unpacks, the defaults are the copy's own.
+    code = "from fedlam_app import config; print(config.__file__, config.defaults()['data.users'])"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    file, users = done.stdout.split()
+    assert Path(file).is_relative_to(tmp_path)
+    project = tomllib.loads((launch.app_folder() / "pyproject.toml").read_text(encoding="utf-8"))
+    assert int(users) == project["tool"]["flwr"]["app"]["config"]["data"]["users"]
+
+
+def test_the_doctor_tells_a_taken_port_from_a_free_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    from fedlam_app.doctor import superlinks
+
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", str(other.getsockname()[1]))
+        (free,) = superlinks()
+        other.listen()
+        (taken,) = superlinks()
+    assert (free.well, taken.well) == (True, False)
+    assert "taken by something that is no SuperLink of yours" in taken.detail

@@ -1,0 +1,246 @@
+"""The round: one client is local training, packing changes nothing, and what fails is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
+
+from clients.loop import WARM_UP_ROUNDS, learning_rate
+from fedlam_app.base.records import (
+    EvaluateReport,
+    TrainOrder,
+    TrainReport,
+    decode,
+    encode,
+    payload_bytes,
+    reply,
+)
+from fedlam_app.base.vectors import pack
+from fedlam_app.client_app import app
+from fedlam_app.config import Scalar, parse
+from fedlam_app.experiments.cells import cells_of
+from fedlam_app.experiments.run import run_cells
+from fedlam_app.experiments.track import RunFolder
+from fedlam_app.grid import InProcessGrid
+from fedlam_app.tasks.channel_prediction import ChannelPrediction
+from strategies import ALGORITHMS
+from strategies.base import Federation
+
+Flat = dict[str, Scalar]
+
+
+def write_channels(path: Path, users: int, seed: int) -> Path:
+    """Write a small set of two-ray channels in the .npz layout: enough physics to learn from, made in no time."""
+    draw = np.random.default_rng(seed)
+    slots, carriers = np.arange(20)[:, None, None], np.arange(48)[None, :, None]
+    channels = np.zeros((users, 20, 48, 16, 2), np.float16)
+    for user in range(users):
+        rays = sum(
+            (draw.standard_normal() + 1j * draw.standard_normal())
+            * np.exp(2j * np.pi * (draw.uniform(-0.1, 0.1) * slots + draw.uniform(0, 0.1) * carriers))
+            * np.exp(2j * np.pi * draw.uniform() * np.arange(16))
+            for _ in range(3)
+        )
+        channels[user] = np.stack([rays.real, rays.imag], -1)
+    speed = np.linspace(10, 100, users, dtype=np.float32)
+    np.savez(path, H=channels, speed_kmh=speed, gain_db=np.zeros(users, np.float32))
+    return path
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory: pytest.TempPathFactory) -> Flat:
+    """A tiny run: 24 users on 4 servers, a random two-block backbone, three rounds of two steps."""
+    source = write_channels(tmp_path_factory.mktemp("data") / "channels.npz", 36, 0)
+    return {
+        "job": "train",
+        "seed": 7,
+        "data.source": str(source),
+        "data.users": 24,
+        "data.test-users": 12,
+        "data.shards": 4,
+        "data.share": 0.25,
+        "model.backbone": "random",
+        "model.blocks": 1,
+        "train.devices": 4,
+        "train.rounds": 3,
+        "train.local-steps": 2,
+        "train.batch-rows": 8,
+        "train.evaluate-every": 2,
+        "train.evaluate-antennas": 2,
+    }
+
+
+def models_after(flat: Flat, supernodes: int, **overrides: Scalar) -> NDArray[np.float32]:
+    """Run all rounds in this process and return the final models (m, p)."""
+    federation, grid = start(flat, supernodes, overrides)
+    for round in range(1, parse(flat).train.rounds + 1):
+        federation.train_round(grid, round)
+    return federation.algorithm.models()
+
+
+def start(
+    flat: Flat, supernodes: int, overrides: Mapping[str, Scalar], client: ClientApp = app
+) -> tuple[Federation, InProcessGrid]:
+    keys = {key.replace("__", "."): value for key, value in overrides.items()}
+    config = parse({**flat, **keys})
+    algorithm = ALGORITHMS[config.strategy]()
+    devices = [0] if config.strategy == "central" else list(range(config.train.devices))
+    algorithm.init(initial(config), devices)
+    federation = Federation(algorithm, json.dumps(keys), devices, supernodes, 60.0)
+    return federation, InProcessGrid(client, supernodes, flat)
+
+
+def initial(config: object) -> NDArray[np.float32]:
+    return pack(ChannelPrediction(config).build_model().trainable().values())  # type: ignore[arg-type]
+
+
+def test_fedavg_with_one_client_is_local_training_bit_for_bit(flat: Flat) -> None:
+    """A plain loop in plain PyTorch: no messages, no strategy, no worker."""
+    config = parse({**flat, "train.devices": 1})
+    task = ChannelPrediction(config)
+    model = task.build_model().train()
+    parameters = list(model.trainable().values())
+    for round in range(1, config.train.rounds + 1):
+        optimiser = torch.optim.AdamW(
+            parameters, lr=learning_rate(config.train, round), betas=(0.9, 0.99), weight_decay=0.0
+        )
+        for step in range(config.train.local_steps):
+            optimiser.zero_grad()
+            task.loss(model, task.batch(0, round, step)).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, config.train.clip_norm)
+            optimiser.step()
+    federated = models_after(flat, 1, train__devices=1)
+    np.testing.assert_array_equal(federated[0], pack(parameters))
+
+
+def test_one_client_alone_is_the_same_under_every_rule(flat: Flat) -> None:
+    expected = models_after(flat, 1, train__devices=1)
+    for strategy in ("local", "central"):
+        np.testing.assert_array_equal(models_after(flat, 1, train__devices=1, strategy=strategy), expected)
+
+
+@pytest.mark.parametrize("strategy", ["fedavg-lora", "local"])
+def test_packing_does_not_change_a_bit(flat: Flat, strategy: str) -> None:
+    one, two, four = (models_after(flat, nodes, strategy=strategy) for nodes in (1, 2, 4))
+    np.testing.assert_array_equal(one, two)
+    np.testing.assert_array_equal(one, four)
+
+
+def test_the_seed_decides(flat: Flat) -> None:
+    assert not np.array_equal(models_after(flat, 2), models_after({**flat, "seed": 8}, 2))
+
+
+def test_a_round_is_the_weighted_mean_of_its_devices(flat: Flat) -> None:
+    federation, grid = start(flat, 2, {})
+    federation.train_round(grid, 1)
+    reports = [decode(m.content, TrainReport) for m in grid.delivered[1::2]]
+    vectors = np.concatenate([report.vectors for report in reports]).astype(np.float64)
+    weights = np.array([w for report in reports for w in report.weights])
+    expected = (weights[:, None] * vectors).sum(0) / weights.sum()
+    np.testing.assert_allclose(federation.algorithm.models()[0], expected, rtol=1e-6, atol=1e-12)
+
+
+def test_only_what_trains_travels_and_bytes_are_counted_as_serialised(flat: Flat) -> None:
+    federation, grid = start(flat, 4, {})
+    cost = federation.train_round(grid, 1)
+    (p,) = federation.algorithm.models()[0].shape
+    assert p == sum(q.numel() for q in ChannelPrediction(parse(flat)).build_model().trainable().values())
+    ups, downs = grid.delivered[1::2], grid.delivered[0::2]
+    for message, kind in [*((m, TrainReport) for m in ups), *((m, TrainOrder) for m in downs)]:
+        arrays = message.content.array_records["arrays"]
+        assert set(arrays) == {"vectors"}, "nothing but adapter vectors may cross"
+        # One device a node: the payload in the message is the device's payload.
+        assert len(arrays["vectors"].data) == pytest.approx(payload_bytes(np.zeros(p, np.float32)), abs=16)
+        decode(message.content, kind)
+    assert cost.bytes_up == cost.bytes_down == 4 * payload_bytes(np.zeros(p, np.float32))
+    assert 4 * p <= cost.bytes_up / 4 <= 1.01 * 4 * p
+
+
+def _with_bad_device(bad: int, poison: float) -> ClientApp:
+    """The real client, but one device's vector is overwritten on its way out."""
+    wrapped = ClientApp()
+
+    @wrapped.train()
+    def train(message: Message, context: Context) -> Message:
+        report = decode(app(message, context).content, TrainReport)
+        if bad in report.devices:
+            report.vectors[report.devices.index(bad)] = poison
+        return reply(report, message)
+
+    return wrapped
+
+
+def test_a_vector_that_is_not_finite_is_left_out_and_named(flat: Flat) -> None:
+    federation, grid = start(flat, 2, {}, _with_bad_device(2, np.nan))
+    cost = federation.train_round(grid, 1)
+    assert np.isfinite(federation.algorithm.models()).all()
+    assert cost.failures == ["round 1: device 2 sent a vector that is not finite"]
+
+
+def test_a_failing_client_is_named_and_a_round_without_any_is_an_error(flat: Flat) -> None:
+    federation, grid = start(flat, 1, {})
+    federation.devices = [99]  # no such shard
+    federation.algorithm.init(federation.algorithm.models()[0], [99])
+    with pytest.raises(RuntimeError, match=r"no device finished round 1: .*train of \[99\]: IndexError"):
+        federation.train_round(grid, 1)
+
+
+def test_a_message_of_another_schema_is_refused() -> None:
+    table = np.zeros((1, 2))
+    record = EvaluateReport(rows=[0], chunks=[0], users=[1], cpu_s=0.0, peak_rss_bytes=1, table=table)
+    content = encode(record)
+    np.testing.assert_array_equal(decode(content, EvaluateReport).table, table)
+    with pytest.raises(ValueError, match="expected TrainReport of schema 1, got 'EvaluateReport'"):
+        decode(content, TrainReport)
+
+
+def test_the_rate_warms_up_and_then_falls(flat: Flat) -> None:
+    train = parse({**flat, "train.rounds": 20}).train
+    rates = [learning_rate(train, round) for round in range(1, 21)]
+    assert rates[0] < rates[WARM_UP_ROUNDS - 1] <= train.lr
+    assert all(a > b for a, b in zip(rates[WARM_UP_ROUNDS - 1 :], rates[WARM_UP_ROUNDS:], strict=False))
+    assert rates[-1] == pytest.approx(0.05 * train.lr)
+
+
+class Stop(Exception):
+    """Stands for a kill in the middle of a run."""
+
+
+def test_a_killed_run_resumes_with_the_same_numbers(flat: Flat, tmp_path: Path) -> None:
+    whole = _records(flat, tmp_path / "whole")
+    killed = {**flat, "results": str(tmp_path / "killed")}
+    folder = RunFolder.open(parse(killed))
+
+    def kill_after_first_evaluation(line: str) -> None:
+        if "round 2" in line:
+            raise Stop
+
+    with pytest.raises(Stop):
+        _run(killed, folder, kill_after_first_evaluation)
+    resumed = {**killed, "resume": True}
+    again = RunFolder.open(parse(resumed))
+    _run(resumed, again, lambda line: None)
+    measured = ("wall_s", "cpu_s", "peak_rss_bytes")
+    strip = [{k: v for k, v in r.items() if k not in measured} for r in again.read_metrics()]
+    assert strip == [{k: v for k, v in r.items() if k not in measured} for r in whole]
+
+
+def _records(flat: Flat, results: Path) -> list[dict[str, object]]:
+    flat = {**flat, "results": str(results)}
+    folder = RunFolder.open(parse(flat))
+    _run(flat, folder, lambda line: None)
+    return folder.read_metrics()
+
+
+def _run(flat: Flat, folder: RunFolder, say: object) -> None:
+    config = parse(flat)
+    grid = InProcessGrid(app, config.federation.supernodes, flat)
+    run_cells(grid, flat, cells_of(config), folder, 1, say)  # type: ignore[arg-type]
