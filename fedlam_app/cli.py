@@ -111,13 +111,19 @@ def list_names() -> None:
         ("scenarios", config.SCENARIOS),
     ):
         names.add_row(f"[bold]{kind}[/]", ", ".join(found))
-    keys = Table(title="Configuration keys (--run-config)", title_justify="left")
-    for column in ("key", "default", "allowed", "meaning"):
-        keys.add_column(column, overflow="fold")
+    keys = Table(
+        title="Configuration keys (--run-config) and their defaults",
+        title_justify="left",
+        box=None,
+        show_header=False,
+    )
+    keys.add_column(no_wrap=True, style="bold")
+    keys.add_column(overflow="fold")
     for key, default, allowed, meaning in config.describe():
-        keys.add_row(
-            key, str(default).lower() if isinstance(default, bool) else str(default), allowed, meaning
-        )
+        shown = str(default).lower() if isinstance(default, bool) else repr(default)
+        short = len(f"{key}{shown}") < 32
+        keys.add_row(f"{key} = {shown}" if short else key, meaning.replace("``", "'"))
+        keys.add_row("", f"[dim]{allowed if short else f'{allowed}; default {shown}'}[/]")
     console = Console()
     console.print(names)
     console.print(keys)

@@ -28,7 +28,13 @@ LLM_MODELS = ("llm4cp-clean", "llm4cp")
 SMALL_MODELS = ("rnn", "lstm", "gru", "cnn", "transformer")
 SCENARIOS = ("uma-nlos", "uma-los", "umi-nlos", "umi-los", "rma-nlos", "rma-los")
 CLASSICAL = ("repeat-last", "ar", "pad", "wiener-ar", "ridge")
-COMPETITORS = ("llm4cp-local", *(f"{name}-local" for name in SMALL_MODELS), "central", *CLASSICAL)
+COMPETITORS = (
+    "llm4cp-local",
+    *(f"{name}-local" for name in SMALL_MODELS),
+    "central",
+    "central-small",
+    *CLASSICAL,
+)
 
 # Where and how a run executes, not what it computes: these may differ when a run is resumed.
 _PLACEMENT = ("results", "resume", "federation.")

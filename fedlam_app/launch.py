@@ -118,23 +118,23 @@ def submit(app: Path, config: RunConfig, say: Callable[[str], None] = print) -> 
     process = subprocess.Popen(
         command(app, config), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    run_id: int | None = None
+    started: list[int] = []
     try:
-        run_id = _relay(process)
+        _relay(process, started)
         code = process.wait()
-        if run_id is None:
+        if not started:
             say(f"flwr run did not start (exit code {code}); `fedlam doctor` looks for the usual reasons")
             return code or 1
-        status, details = wait_for_status(run_id)
+        status, details = wait_for_status(started[0])
     except KeyboardInterrupt:
         process.wait()
-        if run_id is not None:
-            _flwr("stop", str(run_id))
-            say(f"stopped run {run_id}; continue it with: fedlam run --resume --results {config.results}")
+        if started:
+            _flwr("stop", str(started[0]))
+            say(f"stopped run {started[0]}; continue it with: fedlam run --resume --results {config.results}")
         return 130
     if status == "finished:completed":
         return 0
-    say(f"run {run_id} is {status}: {details}")
+    say(f"run {started[0]} is {status}: {details}")
     return 1
 
 
@@ -158,18 +158,17 @@ def status_of(text: str, run_id: int) -> tuple[str, str]:
         return "unknown", f"`flwr list` answered {text.strip()[:200] or 'nothing'!r}"
 
 
-def _relay(process: subprocess.Popen[bytes]) -> int | None:
-    """Copy a process's output to ours as it comes, byte for byte; return the run id that it announced."""
+def _relay(process: subprocess.Popen[bytes], started: list[int]) -> None:
+    """Copy a process's output to ours as it comes, byte for byte; add its run id to ``started``."""
     assert process.stdout is not None
-    seen, run_id = b"", None
+    seen = b""
     while chunk := os.read(process.stdout.fileno(), 65536):
-        sys.stdout.buffer.write(chunk)
-        sys.stdout.buffer.flush()
-        if run_id is None:
+        if not started:  # noted before it is shown: whoever sees it may interrupt
             seen += chunk
             if (found := _STARTED.search(seen)) and found.end() < len(seen):
-                run_id = int(found[1])
-    return run_id
+                started.append(int(found[1]))
+        sys.stdout.buffer.write(chunk)
+        sys.stdout.buffer.flush()
 
 
 def _flwr(*words: str) -> str:

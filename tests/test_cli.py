@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tomllib
@@ -179,10 +180,16 @@ def test_a_status_is_read_or_said_to_be_unknown(answer: object, status: str) -> 
 
 
 FLWR = """#!{python}
-import json, sys
+import json, sys, time
+from pathlib import Path
 if sys.argv[1] == "run":
     print("Successfully started run 4711", flush=True)
     sys.stdout.buffer.write(b"raw \\xff bytes\\n")
+    sys.stdout.flush()
+    if "{status}" == "running":
+        time.sleep(60)
+elif sys.argv[1] == "stop":
+    Path(__file__).with_name("stopped").write_text(sys.argv[2])
 elif sys.argv[1] == "list":
     print(json.dumps({{"success": True, "runs": [
         {{"run-id": "4711", "status": "{status}", "status-details": "round 3: NaN"}}]}}))
@@ -210,6 +217,31 @@ def test_the_exit_code_is_the_runs_and_not_flowers(
         assert launch.submit(launch.app_folder(), config, say=said.append) == code
     assert b"raw \xff bytes" in capfdbinary.readouterr().out
     assert said == ([] if code == 0 else [f"run 4711 is {status}: round 3: NaN"])
+
+
+def test_an_interrupt_stops_the_run_in_the_superlink_too(tmp_path: Path) -> None:
+    flwr = tmp_path / "flwr"
+    flwr.write_text(FLWR.format(python=sys.executable, status="running"), encoding="utf-8")
+    flwr.chmod(0o755)
+    code = (
+        "import sys; from fedlam_app import config, launch; launch._executable = lambda name: sys.argv[1];"
+        "sys.exit(launch.submit(launch.app_folder(), config.parse({'results': '/runs/1'})))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(flwr)],
+        cwd=launch.app_folder(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"Successfully started run 4711\n"
+    assert process.stdout.readline() == b"raw \xff bytes\n"
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert b"continue it with: fedlam run --resume --results /runs/1" in said
+    assert (tmp_path / "stopped").read_text() == "4711"
 
 
 def test_the_bundle_carries_the_app_and_its_defaults_and_no_tests(tmp_path: Path) -> None:

@@ -50,9 +50,8 @@ def _of_seed(config: RunConfig, seed: int) -> list[Cell]:
         for servers in sorted(study.servers, reverse=True)
     ]
     for name in study.competitors:
-        if name == "central":
-            overrides: dict[str, Scalar] = {**own, "strategy": "central", "train.devices": most}
-            cells.append(Cell(name, "Pooled central LLM4CP", seed, overrides))
+        if name.startswith("central"):
+            cells.append(_central(name, own, most, config))
         elif name.endswith("-local"):
             cells.append(_local(name.removesuffix("-local"), own, most, config))
         else:
@@ -60,9 +59,24 @@ def _of_seed(config: RunConfig, seed: int) -> list[Cell]:
     return cells
 
 
+def _central(name: str, own: dict[str, Scalar], most: int, config: RunConfig) -> Cell:
+    """All shards in one place, at the federation's sample budget: the same steps of joint batches.
+
+    'central-small' spends that budget on many steps of single batches instead.
+    """
+    overrides: dict[str, Scalar] = {**own, "strategy": "central", "train.devices": most}
+    if name == "central":
+        return Cell(name, "Pooled central LLM4CP", int(own["seed"]), overrides)
+    train = config.train
+    rows = max(1, round(train.batch_rows / most))  # central batches are ``train.devices`` times this
+    steps = round(train.local_steps * train.batch_rows / rows)
+    overrides |= {"train.batch-rows": rows, "train.local-steps": steps}
+    return Cell(name, "Pooled central LLM4CP, small batches", int(own["seed"]), overrides)
+
+
 def _local(model: str, own: dict[str, Scalar], most: int, config: RunConfig) -> Cell:
     """Every shard alone. Ten models are ten evaluations, so they are scored at fewer rounds."""
-    seldom = max(1, config.train.rounds // 3)
+    seldom = max(1, config.train.rounds // 2)
     overrides: dict[str, Scalar] = {
         **own,
         "strategy": "local",

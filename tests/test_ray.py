@@ -1,0 +1,133 @@
+"""The real thing: `fedlam run` through Flower and Ray, equal to the in-process run bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from fedlam_app.base.vectors import unpack
+from fedlam_app.client_app import app
+from fedlam_app.config import Scalar, parse
+from fedlam_app.experiments.cells import cells_of
+from fedlam_app.experiments.run import run_cells
+from fedlam_app.experiments.track import RunFolder
+from fedlam_app.grid import InProcessGrid
+from fedlam_app.models import backbones
+from fedlam_app.models.rows import Rows
+from fedlam_app.tasks.channel_prediction import ChannelPrediction
+from tests.test_federation import write_channels
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def flower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """An environment with a Flower home and ports of its own; its SuperLink is stopped at the end."""
+    ports = [str(_free_port()) for _ in range(2)]
+    yield {
+        **os.environ,
+        "FLWR_HOME": str(tmp_path_factory.mktemp("flower")),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": ports[0],
+        "FLWR_LOCAL_CONTROL_API_PORT": ports[1],
+        "FEDLAM_CACHE": str(tmp_path_factory.mktemp("cache")),
+    }
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if "--port" in line and ports[0] in line:
+            process.terminate()
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scalar]:
+    source = write_channels(tmp_path_factory.mktemp("data") / "channels.npz", 36, 0)
+    return {
+        "job": "train",
+        "seed": 11,
+        "data.source": str(source),
+        "data.users": 24,
+        "data.test-users": 12,
+        "data.shards": 4,
+        "data.share": 0.25,
+        "model.backbone": "random",
+        "model.blocks": 1,
+        "train.devices": 4,
+        "train.rounds": 2,
+        "train.local-steps": 2,
+        "train.batch-rows": 8,
+        "train.evaluate-antennas": 2,
+    }
+
+
+def fedlam_run(flat: dict[str, Scalar], results: Path, env: dict[str, str], *options: str) -> tuple[int, str]:
+    pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in flat.items())
+    command = [sys.executable, "-m", "fedlam_app.cli", "run", "--app", str(ROOT), "--results", str(results)]
+    done = subprocess.run(
+        [*command, *options, "--run-config", pairs], env=env, capture_output=True, text=True, timeout=300
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_ray_run_equals_the_in_process_run_bit_for_bit(
+    flat: dict[str, Scalar], flower: dict[str, str], tmp_path: Path
+) -> None:
+    results = tmp_path / "ray"
+    code, output = fedlam_run(flat, results, flower)
+    assert code == 0, output
+
+    plain = {**flat, "results": str(tmp_path / "plain"), "federation.supernodes": 1}
+    folder = RunFolder.open(parse(plain))
+    run_cells(InProcessGrid(app, 1, plain), plain, cells_of(parse(plain)), folder, 1, lambda line: None)
+    (ray_state,) = (results / "state").glob("*.safetensors")
+    (plain_state,) = (folder.path / "state").glob("*.safetensors")
+    vector = load_file(ray_state)["models"]
+    np.testing.assert_array_equal(vector, load_file(plain_state)["models"])
+
+    for made in ("config.json", "metrics.jsonl", "report.html", "adapter/adapter_config.json"):
+        assert (results / made).is_file(), made
+    assert list((results / "plots").glob("*.png"))
+    _check_adapter(flat, results / "adapter", vector[0])
+
+
+def _check_adapter(flat: dict[str, Scalar], adapter: Path, vector: np.ndarray) -> None:
+    """The exported adapter, loaded by PEFT on a fresh backbone, gives the trained backbone's output."""
+    from peft import PeftModel
+
+    config = parse(flat)
+    trained = ChannelPrediction(config).build_model().eval()
+    unpack(vector, trained.trainable().values())
+    fresh = backbones.load("random", blocks=1, seed=config.seed).eval()
+    loaded = PeftModel.from_pretrained(fresh.model, adapter)
+    tokens, _ = trained.embedding(Rows(torch.randn(3, 16, 48, 2)))
+    with torch.no_grad():
+        ours, theirs = trained.backbone(tokens), loaded(inputs_embeds=tokens).last_hidden_state
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=0)
+
+
+def test_a_failed_run_exits_with_one_and_says_why(
+    flat: dict[str, Scalar], flower: dict[str, str], tmp_path: Path
+) -> None:
+    channels = dict(np.load(str(flat["data.source"])))
+    channels["H"][3, 2, 1] = np.nan
+    np.savez(tmp_path / "nan.npz", **channels)
+    code, output = fedlam_run(
+        {**flat, "data.source": str(tmp_path / "nan.npz")}, tmp_path / "results", flower
+    )
+    assert code == 1
+    assert "nan.npz" in output and "NaN" in output
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
