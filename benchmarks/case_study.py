@@ -6,6 +6,7 @@ benchmark goes on where it stopped. About 25 minutes on 2 cores.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def figures_of(everything: Sequence[Mapping[str, object]]) -> list[Figure]:
         figures.append(_figure(f"{cell} minus federated (10), clean NMSE", nmse[cell] - nmse[fed], bound))
     for name, table in (("held-out NMSE", nmse), ("global training loss", loss)):
         curve = [table[f"fed-{k}"] for k in SERVERS]
-        rises = [b - a for a, b in zip(curve, curve[1:], strict=False)]
+        rises = [b - a for a, b in itertools.pairwise(curve)]
         figures += [
             _figure(f"largest rise of {name} over 1, 2, 5, 10 servers", max(rises), "<= 0.1"),
             _figure(f"gain of {name} from 1 to 2 minus gain from 5 to 10", rises[2] - rises[0], "> 0"),

@@ -29,7 +29,7 @@ CORES = os.cpu_count() or 1
 
 
 def federated(folder: Path) -> tuple[float, Vector]:
-    """Run through Flower and Ray; returns the wall seconds of rounds and evaluations, and the final vector."""
+    """Run through Flower and Ray: wall seconds of rounds and evaluations, and the final vector."""
     from safetensors.numpy import load_file
 
     command = [str(Path(sys.executable).with_name("fedlam")), "run", "--results", str(folder)]

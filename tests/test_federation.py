@@ -38,7 +38,7 @@ Flat = dict[str, Scalar]
 
 
 def write_channels(path: Path, users: int, seed: int) -> Path:
-    """Write a small set of two-ray channels in the .npz layout: enough physics to learn from, made in no time."""
+    """Write a small set of three-ray channels in the .npz layout: enough physics to learn from."""
     draw = np.random.default_rng(seed)
     slots, carriers = np.arange(20)[:, None, None], np.arange(48)[None, :, None]
     channels = np.zeros((users, 20, 48, 16, 2), np.float16)

@@ -21,6 +21,7 @@ from fedlam_app.base.registry import pick
 from fedlam_app.base.vectors import pack
 from fedlam_app.config import RunConfig, Scalar, parse
 from fedlam_app.experiments.cells import Cell
+from fedlam_app.experiments.progress import Progress
 from fedlam_app.experiments.track import RunFolder
 from fedlam_app.tasks import TASKS
 from fedlam_app.tasks.base import Task
@@ -42,8 +43,10 @@ def run_cells(
     """Run every cell that ``folder`` has no final record of; the first failure stops the run."""
     lock = threading.Lock()
     pending = [cell for cell in cells if not folder.finished(cell.key)]
+    runs = [_Run(grid, base, cell, folder, lock, say) for cell in pending]
+    progress = Progress(sum(run.device_rounds * run.config.train.rounds for run in runs))
     with ThreadPoolExecutor(max(1, side_by_side), thread_name_prefix="cell") as pool:
-        futures = [pool.submit(_Run(grid, base, cell, folder, lock, say).run) for cell in pending]
+        futures = [pool.submit(run.run, progress) for run in runs]
         try:
             for future in futures:
                 future.result()
@@ -87,8 +90,14 @@ class _Run:
         self.config: RunConfig = parse({**base, **cell.overrides})
         self.totals = Totals()
 
-    def run(self) -> None:
+    @property
+    def device_rounds(self) -> int:
+        """What a round of this cell costs, in rounds of one device; nothing without training."""
+        return 0 if self.cell.classical else self.config.train.devices
+
+    def run(self, progress: Progress) -> None:
         """Produce the cell's records, from where the folder's state ends."""
+        self.progress = progress
         self.task: Task = pick(TASKS, self.config.task, "task")(self.config)
         if self.cell.classical:
             wall_s, cpu_s = time.monotonic(), time.thread_time()
@@ -109,6 +118,7 @@ class _Run:
         supernodes, timeout_s = config.federation.supernodes, config.federation.timeout_s
         federation = Federation(algorithm, cell, devices, supernodes, timeout_s)
         done = self._resume(federation)
+        self.progress.advance(max(done, 0) * self.device_rounds)
         if done < 0:
             self._record(0, self._evaluate(federation, last=False))
             self._save(federation, 0)
@@ -116,6 +126,7 @@ class _Run:
             started = time.monotonic()
             cost = federation.train_round(self.grid, round)
             self.totals.charge(cost, time.monotonic() - started)
+            self.progress.advance(self.device_rounds)
             last = round == config.train.rounds
             if last or round % config.train.evaluate_every == 0:
                 scores = self._evaluate(federation, last)
@@ -148,8 +159,8 @@ class _Run:
         with self.lock:
             self.folder.append_metrics({**record, **scores, **asdict(self.totals)})
         self.say(
-            f"{cell.label}, seed {cell.seed}: round {round}, global loss {scores['train_loss_db']:.2f} dB,"
-            f" held-out NMSE {scores['nmse_clean_db']:.2f} dB (clean), {self.totals.wall_s:.0f} s"
+            f"[{self.progress.text()}] {cell.label}, seed {cell.seed}: round {round}, global loss"
+            f" {scores['train_loss_db']:.2f} dB, held-out NMSE {scores['nmse_clean_db']:.2f} dB (clean)"
         )
 
     def _save(self, federation: Federation, round: int) -> None:

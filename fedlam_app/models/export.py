@@ -39,8 +39,8 @@ _CARD = """# FedLAM adapter
 
 {summary}
 
-LoRA factors for the first {blocks} blocks of `{backbone}` in PEFT's format, and the device modules (embedding and
-head) in `device_modules.safetensors`, by parameter name.
+LoRA factors for the first {blocks} blocks of `{backbone}` in PEFT's format, and the device modules
+(embedding and head) in `device_modules.safetensors`, by parameter name.
 
 ```python
 from fedlam_app.models import backbones
