@@ -82,7 +82,7 @@ def early_stopped(
     for key in ("nmse_clean_db", "train_loss_db"):
         each = [r[f"{key}_each"] for r in everything if r["key"] == final["key"] and f"{key}_each" in r]
         if each:
-            best[key] = statistics.mean(map(min, zip(*each, strict=True)))  # type: ignore[call-overload]
+            best[key] = statistics.mean(map(min, zip(*each, strict=True)))
     return best
 
 

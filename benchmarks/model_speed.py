@@ -42,11 +42,10 @@ def main() -> int:
     inference: dict[str, list[float]] = {name: [] for name in models}
     rows, label = tasks["llm4cp"].batch(0, 1, 0)
     for repeat in range(REPEATS + 1):  # the first is a warm-up
-        for name, model in models.items():
-            task = tasks[name]
-            step_s = cpu_s(lambda model=model, task=task: task.loss(model, (rows, label)).backward())
+        for name in models:
+            step_s = cpu_s(lambda: tasks[name].loss(models[name], (rows, label)).backward())  # noqa: B023
             with torch.no_grad():
-                forward_s = cpu_s(lambda model=model: model(rows))
+                forward_s = cpu_s(lambda: models[name](rows))  # noqa: B023
             if repeat:
                 training[name].append(1e3 * step_s / len(label))
                 inference[name].append(1e3 * forward_s / len(label))

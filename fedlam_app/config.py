@@ -144,7 +144,7 @@ class ModelConfig(_Table):
     """LoRA rank r."""
     alpha: _Positive
     """LoRA scale: the adapter is multiplied by alpha / r."""
-    anchor: Literal["none", "ar", "wiener-ar"]
+    anchor: Literal["none", "ar"]
     """Forecast to which the model adds a gated residual that starts at zero (llm4cp-clean only)."""
     weights: str
     """Absolute path of the backbone's weights; empty: installed weight package, hub cache, then hub."""

@@ -33,49 +33,14 @@ from fedlam_app.grid import InProcessGrid
 from fedlam_app.tasks.channel_prediction import ChannelPrediction
 from strategies import ALGORITHMS
 from strategies.base import Federation
+from tests.tiny import tiny_run
 
 Flat = dict[str, Scalar]
 
 
-def write_channels(path: Path, users: int, seed: int) -> Path:
-    """Write a small set of three-ray channels in the .npz layout: enough physics to learn from."""
-    draw = np.random.default_rng(seed)
-    slots, carriers = np.arange(20)[:, None, None], np.arange(48)[None, :, None]
-    channels = np.zeros((users, 20, 48, 16, 2), np.float16)
-    for user in range(users):
-        rays = sum(
-            (draw.standard_normal() + 1j * draw.standard_normal())
-            * np.exp(2j * np.pi * (draw.uniform(-0.1, 0.1) * slots + draw.uniform(0, 0.1) * carriers))
-            * np.exp(2j * np.pi * draw.uniform() * np.arange(16))
-            for _ in range(3)
-        )
-        channels[user] = np.stack([rays.real, rays.imag], -1)
-    speed = np.linspace(10, 100, users, dtype=np.float32)
-    np.savez(path, H=channels, speed_kmh=speed, gain_db=np.zeros(users, np.float32))
-    return path
-
-
 @pytest.fixture(scope="module")
 def flat(tmp_path_factory: pytest.TempPathFactory) -> Flat:
-    """A tiny run: 24 users on 4 servers, a random two-block backbone, three rounds of two steps."""
-    source = write_channels(tmp_path_factory.mktemp("data") / "channels.npz", 36, 0)
-    return {
-        "job": "train",
-        "seed": 7,
-        "data.source": str(source),
-        "data.users": 24,
-        "data.test-users": 12,
-        "data.shards": 4,
-        "data.share": 0.25,
-        "model.backbone": "random",
-        "model.blocks": 1,
-        "train.devices": 4,
-        "train.rounds": 3,
-        "train.local-steps": 2,
-        "train.batch-rows": 8,
-        "train.evaluate-every": 2,
-        "train.evaluate-antennas": 2,
-    }
+    return tiny_run(tmp_path_factory.mktemp("data"))
 
 
 def models_after(flat: Flat, supernodes: int, **overrides: Scalar) -> NDArray[np.float32]:

@@ -26,7 +26,7 @@ from fedlam_app.grid import InProcessGrid
 from fedlam_app.models import backbones
 from fedlam_app.models.rows import Rows
 from fedlam_app.tasks.channel_prediction import ChannelPrediction
-from tests.test_federation import write_channels
+from tests.tiny import tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,23 +50,7 @@ def flower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
 
 @pytest.fixture(scope="module")
 def flat(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scalar]:
-    source = write_channels(tmp_path_factory.mktemp("data") / "channels.npz", 36, 0)
-    return {
-        "job": "train",
-        "seed": 11,
-        "data.source": str(source),
-        "data.users": 24,
-        "data.test-users": 12,
-        "data.shards": 4,
-        "data.share": 0.25,
-        "model.backbone": "random",
-        "model.blocks": 1,
-        "train.devices": 4,
-        "train.rounds": 2,
-        "train.local-steps": 2,
-        "train.batch-rows": 8,
-        "train.evaluate-antennas": 2,
-    }
+    return tiny_run(tmp_path_factory.mktemp("data"))
 
 
 def fedlam_run(flat: dict[str, Scalar], results: Path, env: dict[str, str], *options: str) -> tuple[int, str]:

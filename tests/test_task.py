@@ -15,23 +15,13 @@ from fedlam_app.experiments.cells import cells_of
 from fedlam_app.models.classical import fb_ar
 from fedlam_app.models.rows import Rows
 from fedlam_app.tasks.channel_prediction import ChannelPrediction
-from tests.test_federation import write_channels
+from tests.tiny import tiny_run
 
 
 @pytest.fixture(scope="module")
 def flat(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scalar]:
-    source = write_channels(tmp_path_factory.mktemp("data") / "channels.npz", 60, 1)
-    return {
-        "job": "train",
-        "data.source": str(source),
-        "data.users": 40,
-        "data.test-users": 20,
-        "data.shards": 4,
-        "data.share": 0.2,
-        "train.devices": 2,
-        "model.backbone": "random",
-        "model.blocks": 1,
-    }
+    own = {"data.users": 40, "data.test-users": 20, "data.share": 0.2, "train.devices": 2}
+    return {**tiny_run(tmp_path_factory.mktemp("data"), users=60), **own}
 
 
 def task(flat: dict[str, Scalar], **keys: Scalar) -> ChannelPrediction:
@@ -119,7 +109,7 @@ def test_the_case_study_has_every_cell_of_every_seed() -> None:
     cells = cells_of(parse({"case-study.seeds": "1,2", "case-study.servers": "1,10"}))
     assert [cell.name for cell in cells if cell.seed == 1][:2] == ["fed-10", "fed-1"]
     assert len({cell.key for cell in cells}) == len(cells)
-    small = [cell for cell in cells_of(parse({"case-study.competitors": "central,central-small"}))][-2:]
+    small = cells_of(parse({"case-study.competitors": "central,central-small"}))[-2:]
     budgets = [parse(cell.overrides).train for cell in small]
     rows = [train.batch_rows * train.local_steps for train in budgets]
     assert rows[0] == pytest.approx(rows[1], rel=0.02)

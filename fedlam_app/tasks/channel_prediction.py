@@ -48,7 +48,6 @@ Snr = tuple[NDArray[np.float64], NDArray[np.float64]]  # of history and of label
 ANCHORS: dict[str, Callable[[Complex, int], Complex | None]] = {
     "none": lambda history, slots: None,
     "ar": lambda history, slots: classical.fb_ar(history, slots).astype(np.complex64),
-    "wiener-ar": lambda history, slots: classical.wiener_ar(history, slots).astype(np.complex64),
 }
 
 
