@@ -24,7 +24,7 @@ class Worker:
     def __init__(self, config: RunConfig, task: Task) -> None:
         self.config = config
         self.task = task
-        self.model: SplitModel = task.build_model()
+        self.model: SplitModel = task.build_model().to(torch_device(config.device))
         self.parameters = list(self.model.trainable().values())
 
     def train(self, vector: Vector, device: int, round: int) -> tuple[Vector, float]:
@@ -46,3 +46,11 @@ class Worker:
         unpack(vector, self.parameters)
         self.model.eval()
         return self.task.evaluate(self.model, chunk, antennas)
+
+
+def torch_device(name: str) -> torch.device:
+    """Return the device that 'auto', 'cpu' or 'cuda' means here; 'cuda' without one is a ``ValueError``."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device = 'cuda', but torch finds no CUDA device here; use 'auto' or 'cpu'")
+    wanted = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if wanted else "cpu")

@@ -94,10 +94,11 @@ def report(folder: Annotated[Path, typer.Argument(help="A run's results folder."
 def list_names() -> None:
     """List strategies, tasks, models, backbones, and every configuration key with its default."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from fedlam_app import config
-    from fedlam_app.models import backbones
+    from fedlam_app.models import backbones, predictors
     from fedlam_app.tasks import TASKS
     from strategies import ALGORITHMS
 
@@ -105,7 +106,7 @@ def list_names() -> None:
     for kind, found in (
         ("strategies", ALGORITHMS),
         ("tasks", TASKS),
-        ("models", config.LLM_MODELS + config.SMALL_MODELS),
+        ("models", predictors.PREDICTORS),
         ("backbones", backbones.NAMES),
         ("competitors", config.COMPETITORS),
         ("scenarios", config.SCENARIOS),
@@ -122,8 +123,8 @@ def list_names() -> None:
     for key, default, allowed, meaning in config.describe():
         shown = str(default).lower() if isinstance(default, bool) else repr(default)
         short = len(f"{key}{shown}") < 32
-        keys.add_row(f"{key} = {shown}" if short else key, meaning.replace("``", "'"))
-        keys.add_row("", f"[dim]{allowed if short else f'{allowed}; default {shown}'}[/]")
+        keys.add_row(f"{key} = {shown}" if short else key, escape(meaning.replace("``", "'")))
+        keys.add_row("", f"[dim]{escape(allowed if short else f'{allowed}; default {shown}')}[/]")
     console = Console()
     console.print(names)
     console.print(keys)

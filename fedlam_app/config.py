@@ -24,7 +24,6 @@ from fedlam_app.base.sentence import allowed, field_of, sentence
 
 Scalar = bool | int | float | str
 
-LLM_MODELS = ("llm4cp-clean", "llm4cp")
 SMALL_MODELS = ("rnn", "lstm", "gru", "cnn", "transformer")
 SCENARIOS = ("uma-nlos", "uma-los", "umi-nlos", "umi-los", "rma-nlos", "rma-los")
 CLASSICAL = ("repeat-last", "ar", "pad", "wiener-ar", "ridge")
@@ -131,9 +130,9 @@ class DataConfig(_Table):
 class ModelConfig(_Table):
     """What is learned: embedding | frozen backbone + tuned parameters | head."""
 
-    name: Literal[LLM_MODELS + SMALL_MODELS]  # type: ignore[valid-type]
-    """The predictor."""
-    backbone: Literal["minilm", "smollm2", "gpt2", "random", "random-gpt2", "none"]
+    name: Annotated[str, Field(min_length=1)]
+    """The predictor: a name in ``fedlam_app/models/predictors.py`` (`fedlam ls`)."""
+    backbone: Annotated[str, Field(min_length=1)]
     """Pretrained transformer in the middle of an llm4cp model; ``random`` has its shape with random frozen
     weights, ``none`` joins embedding and head directly. The small models have no backbone and ignore it."""
     blocks: _Positive

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fedlam_app.base.registry import pick
-from fedlam_app.config import LLM_MODELS, ConfigError, RunConfig, Scalar, defaults, flatten, parse, to_flat
+from fedlam_app.config import ConfigError, RunConfig, Scalar, defaults, flatten, parse, to_flat
 from fedlam_app.experiments import track
 
 PATH_KEYS = ("results", "data.source", "data.test-source", "data.cache", "model.weights")
@@ -190,14 +190,17 @@ def _executable(name: str) -> str:
 
 
 def _check_names(config: RunConfig) -> None:
-    """Refuse what only the registries know: the strategy's name, and a backbone whose weights are missing."""
+    """Refuse what only the registries know: names in them, and a backbone whose weights are missing."""
+    from fedlam_app.models.backbones import locate
+    from fedlam_app.models.predictors import PREDICTORS
+    from fedlam_app.tasks import TASKS
     from strategies import ALGORITHMS
 
     try:
+        pick(TASKS, config.task, "task")
         pick(ALGORITHMS, config.strategy, "strategy")
-        if config.model.name in LLM_MODELS:
-            from fedlam_app.models.backbones import locate
-
+        pick(PREDICTORS, config.model.name, "model.name")
+        if config.model.name.startswith("llm4cp"):
             locate(config.model.backbone, config.model.weights)
     except ValueError as error:
         raise ConfigError(str(error)) from None

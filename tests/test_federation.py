@@ -13,6 +13,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
+from clients.adapter import torch_device
 from clients.loop import WARM_UP_ROUNDS, learning_rate
 from fedlam_app.base.records import (
     EvaluateReport,
@@ -165,6 +166,14 @@ def test_a_message_of_another_schema_is_refused() -> None:
     np.testing.assert_array_equal(decode(content, EvaluateReport).table, table)
     with pytest.raises(ValueError, match="expected TrainReport of schema 1, got 'EvaluateReport'"):
         decode(content, TrainReport)
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    assert torch_device("cpu") == torch.device("cpu")
+    if not torch.cuda.is_available():
+        assert torch_device("auto") == torch.device("cpu")
+        with pytest.raises(ValueError, match="device = 'cuda', but torch finds no CUDA device"):
+            torch_device("cuda")
 
 
 def test_the_rate_warms_up_and_then_falls(flat: Flat) -> None:

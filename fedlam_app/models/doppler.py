@@ -28,14 +28,12 @@ def quadratic(matrix: Tensor, past: Tensor) -> Tensor:
 
 def capon(covariance: Tensor, past: Tensor, loading: Tensor) -> Tensor:
     """Return the Capon spectrum 1 / (a_j^H (C + loading I)^-1 a_j): (..., T, T), (..., 1, 1) -> (..., J)."""
-    eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype)
-    return 1.0 / quadratic(torch.linalg.inv(covariance + loading * eye), past)
+    return 1.0 / quadratic(torch.linalg.inv(covariance + loading * _identity(past)), past)
 
 
 def model_covariance(spectrum: Tensor, noise: Tensor, past: Tensor) -> Tensor:
     """Return R = sum_j p_j a_j a_j^H + n I: (..., J), (...) -> (..., T, T)."""
-    eye = torch.eye(past.shape[0], dtype=past.dtype)
-    return (past * spectrum[..., None, :]) @ past.mH + noise[..., None, None] * eye
+    return (past * spectrum[..., None, :]) @ past.mH + noise[..., None, None] * _identity(past)
 
 
 def likelier(spectrum: Tensor, noise: Tensor, covariance: Tensor, past: Tensor) -> Tensor:
@@ -58,3 +56,8 @@ def mmse_predictor(spectrum: Tensor, noise: Tensor, past: Tensor, future: Tensor
     cross = (future * spectrum[..., None, :]) @ past.mH  # (..., F, T)
     covariance = model_covariance(spectrum, noise, past)  # (..., T, T), Hermitian
     return torch.linalg.solve(covariance, cross.mH).mH
+
+
+def _identity(past: Tensor) -> Tensor:
+    """Return the T x T identity where the atoms (T, J) live."""
+    return torch.eye(past.shape[0], dtype=past.dtype, device=past.device)

@@ -12,8 +12,6 @@ its batch mates, and scales with its input.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +33,7 @@ class Recurrent(nn.Module):
 
     def __init__(
         self,
-        cell: Literal["rnn", "lstm", "gru"],
+        cell: str,
         subcarriers: int = 48,
         history: int = 16,
         future: int = 4,

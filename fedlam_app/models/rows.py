@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -12,3 +13,7 @@ class Rows(NamedTuple):
 
     history: Tensor  # (B, T, K, 2) noisy, real and imaginary parts last
     anchor: Tensor | None = None  # (B, F, K, 2) a classical forecast to refine, or none
+
+    def to(self, device: torch.device) -> Rows:
+        """Return the same rows on a device."""
+        return Rows(self.history.to(device), None if self.anchor is None else self.anchor.to(device))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -27,6 +28,11 @@ class SplitModel(nn.Module):
         """Map a task input to the task output; shapes are the task's."""
         tokens, side = self.embedding(x)  # (B, S, D)
         return self.head(self.backbone(tokens), side)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives: inputs go there."""
+        return next(self.parameters()).device
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the parameters that train, by name: exactly what travels, in the order it is packed."""

@@ -89,7 +89,7 @@ class ChannelPrediction:
         return predictors.Shape(history, self.train.future.shape[2], subcarriers)
 
     def loss(self, model: SplitModel, batch: tuple[Rows, Tensor]) -> Tensor:
-        rows, label = batch
+        rows, label = batch[0].to(model.device), batch[1].to(model.device)
         return (model(rows) - label).square().sum() / label.square().sum()
 
     # --- data ---------------------------------------------------------------------------------------
@@ -156,7 +156,8 @@ class ChannelPrediction:
         chosen = np.arange(available) if antennas == 0 else _spread(available, antennas)
         rows, _ = seen.rows(np.repeat(np.arange(users), len(chosen)), np.tile(chosen, users))
         with torch.no_grad():
-            forecast = torch.view_as_complex(model(rows).contiguous())  # (users a, F, K)
+            output = model(rows.to(model.device)).cpu()
+        forecast = torch.view_as_complex(output.contiguous())  # (users a, F, K)
         return score(forecast.unflatten(0, (users, -1)).numpy(), seen, chosen)
 
     def metrics(self, split: str, table: NDArray[np.float64]) -> dict[str, Any]:
