@@ -111,6 +111,7 @@ def test_the_case_study_has_every_cell_of_every_seed() -> None:
     cells = cells_of(parse({"case-study.seeds": "1,2", "case-study.servers": "1,10"}))
     assert [cell.name for cell in cells if cell.seed == 1][:2] == ["fed-10", "fed-1"]
     assert len({cell.key for cell in cells}) == len(cells)
+    assert all(parse(cell.overrides).seed == cell.seed for cell in cells)
     small = cells_of(parse({"case-study.competitors": "central,central-small"}))[-2:]
     budgets = [parse(cell.overrides).train for cell in small]
     rows = [train.batch_rows * train.local_steps for train in budgets]

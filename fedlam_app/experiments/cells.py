@@ -20,7 +20,7 @@ class Cell:
     label: str  # for tables and legends
     seed: int
     overrides: dict[str, Scalar] = field(default_factory=dict)
-    classical: str = ""  # name of a predictor without training; overrides are then empty
+    classical: str = ""  # name of a predictor that is not trained, or empty
 
     @property
     def key(self) -> str:
@@ -55,7 +55,7 @@ def _of_seed(config: RunConfig, seed: int) -> list[Cell]:
         elif name.endswith("-local"):
             cells.append(_local(name.removesuffix("-local"), own, most, config))
         else:
-            cells.append(Cell(name, CLASSICAL_LABELS[name], seed, classical=name))
+            cells.append(Cell(name, CLASSICAL_LABELS[name], seed, own, classical=name))
     return cells
 
 
