@@ -70,6 +70,7 @@ def resolve(overrides: Mapping[str, Scalar]) -> RunConfig:
         config = parse({**flat, "results": str(_next_folder(config.job, config.resume))})
     track.check(Path(config.results), config)
     _check_names(config)
+    _check_files(config)
     return config
 
 
@@ -202,6 +203,18 @@ def _check_names(config: RunConfig) -> None:
         pick(PREDICTORS, config.model.name, "model.name")
         if config.model.name.startswith("llm4cp"):
             locate(config.model.backbone, config.model.weights)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _check_files(config: RunConfig) -> None:
+    """Read the user's own channel files once, so that a damaged one is refused before Ray starts."""
+    if config.data.source == "sionna" and not config.data.test_source:
+        return
+    from fedlam_app.data.sources import check_files
+
+    try:
+        check_files(config.data, config.seed)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -60,10 +60,15 @@ def _shards(config: RunConfig) -> Iterator[str]:
         key, servers = "case-study.servers", max(config.case_study.servers)
     else:
         key, servers = "train.devices", config.train.devices
-    if servers * share > 1 + _SLACK:
+    if servers > data.shards:
         yield (
-            f"more servers than shards: '{key}' = {servers} with 'data.share' = {share:g} of users is"
-            f" {servers * share:.0%} of them; at most {math.floor(1 / share + _SLACK)} servers are allowed"
+            f"more servers than shards: '{key}' = {servers}, but 'data.shards' = {data.shards};"
+            f" at most {data.shards} servers are allowed, or more shards"
+        )
+    if data.shards * share > 1 + _SLACK:
+        yield (
+            f"'data.shards' = {data.shards} with 'data.share' = {share:g} of the users each is"
+            f" {data.shards * share:.0%} of them; at most {math.floor(1 / share + _SLACK)} shards are allowed"
         )
     if data.source == "sionna" and data.users * share < 1 - _SLACK:
         yield (

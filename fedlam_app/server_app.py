@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from logging import INFO
 
 from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
+from fedlam_app.base.registry import pick
 from fedlam_app.config import parse
 from fedlam_app.experiments.cells import cells_of
 from fedlam_app.experiments.finish import finish
@@ -22,13 +22,14 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the configured job into its results folder."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the cores belong to the clients
     base = dict(context.run_config)
     config = parse(base)
     folder = RunFolder.open(config)
     log(INFO, "Results: %s", folder.path)
-    TASKS[config.task](config).prepare()
     cells = cells_of(config)
+    for cell in cells:
+        own = parse({**base, **cell.overrides})
+        pick(TASKS, own.task, "task")(own).prepare()
     run_cells(
         grid,
         base,

@@ -48,7 +48,7 @@ VALID = {
     "train.lr": st.floats(1e-8, 10, exclude_min=True),
     "train.rounds": st.integers(1, 10**6),
     "federation.supernodes": st.integers(1, 1024),
-    "case-study.servers": lists(st.integers(1, 20), 1),
+    "case-study.servers": lists(st.integers(1, 10), 1),
     "case-study.seeds": lists(st.integers(0, 2**40), 1) | st.integers(0, 9),
     "case-study.competitors": lists(st.sampled_from(COMPETITORS), 0),
 }
@@ -123,8 +123,12 @@ BAD = [
         "'data.speed-min-kmh' = 120 must not be above 'data.speed-max-kmh' = 100",
     ),
     ({"data.snr-train-min-db": 30.0}, "must not be above 'data.snr-train-max-db' = 20"),
-    ({"case-study.servers": "1,30"}, "more servers than shards: 'case-study.servers' = 30"),
-    ({"job": "train", "train.devices": 21}, "at most 20 servers are allowed"),
+    (
+        {"case-study.servers": "1,30"},
+        "more servers than shards: 'case-study.servers' = 30, but 'data.shards' = 10",
+    ),
+    ({"job": "train", "train.devices": 11}, "at most 10 servers are allowed, or more shards"),
+    ({"data.shards": 21}, "is 105% of them; at most 20 shards are allowed"),
     ({"data.users": 19}, "leaves a shard without a user; at least 20 users are needed"),
     ({"data.partition": "scenario"}, "needs two scenarios or more; 'data.scenario' = 'uma-nlos' names one"),
     ({"data.partition": "speed", "data.speed-min-kmh": 100.0}, "needs a range of speeds; all are 100 km/h"),
@@ -155,12 +159,13 @@ def test_what_cannot_run_is_refused_in_one_sentence(flat: dict[str, Scalar], rea
 
 
 def test_twenty_shards_of_a_twentieth_are_exactly_enough() -> None:
-    assert parse({"job": "train", "train.devices": 20}).train.devices == 20
-    assert parse({"case-study.servers": "20"}).case_study.servers == (20,)
+    assert parse({"job": "train", "data.shards": 20, "train.devices": 20}).train.devices == 20
+    assert parse({"data.shards": 20, "case-study.servers": "20"}).case_study.servers == (20,)
 
 
 def test_what_a_job_does_not_use_is_not_held_against_it() -> None:
-    assert parse({"case-study.servers": "1,2", "data.share": 0.5}).train.devices * 0.5 > 1
+    halves = {"case-study.servers": "1,2", "data.share": 0.5, "data.shards": 2}
+    assert parse(halves).train.devices > 2
     assert parse({"model.name": "gru", "model.backbone": "none"}).model.name == "gru"
 
 

@@ -32,6 +32,17 @@ def load_splits(data: DataConfig, seed: int, progress: bool = False) -> tuple[Ch
     return train, test
 
 
+def check_files(data: DataConfig, seed: int) -> None:
+    """Read every file that ``data`` names and cut its splits; generates nothing.
+
+    Raises ``ValueError``, in one sentence, as ``load_splits`` would.
+    """
+    if data.source == "sionna":
+        _from_file(data, data.test_source, {"test-users": data.test_users}, seed)
+    else:
+        load_splits(data, seed)
+
+
 def _generated(data: DataConfig, split: str, users: int, seed: int, progress: bool) -> ChannelSet:
     from fedlam_app.data.channels import Recipe, load_or_generate
 
