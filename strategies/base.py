@@ -197,7 +197,7 @@ def _in_order(grid: Grid, messages: Iterable[Message], timeout_s: float) -> Iter
     """Send, then yield the replies in the order of sending, each as soon as its turn has come."""
     if hasattr(grid, "pull_interval"):
         grid.pull_interval = PULL_INTERVAL_S
-    waiting = list(grid.push_messages(messages))
+    waiting = list(grid.push_messages(list(messages)))  # a networked grid reads them twice
     arrived: dict[str, Message] = {}
     deadline = time.monotonic() + timeout_s
     while waiting:
