@@ -14,7 +14,7 @@ from benchmarks.cells import run_cells
 from benchmarks.record import Figure, write_result
 from fedlam_app.config import Scalar
 
-SEED = 2025
+SEED = 31  # a split of the QuaDRiGa users that no design choice has seen
 SERVERS = (1, 2, 5, 10)
 SPLIT: dict[str, Scalar] = {"data.users": 500, "data.test-users": 100, "data.share": 0.06}
 

@@ -167,3 +167,16 @@ def test_layer_norm_tuning_trains_norms_only() -> None:
 
 def test_without_a_backbone_embedding_and_head_meet() -> None:
     assert _clean(backbone="none", tuning="ln")(_rows(2, False)).shape == (2, 4, 48, 2)
+
+
+def test_an_anchor_without_noise_is_left_alone() -> None:
+    """A row whose taps are all strong and clean gives the gate nothing to open for."""
+    model = _clean("ar")
+    slots = torch.arange(16, dtype=torch.float64)
+    history = torch.exp(2j * torch.pi * 0.05 * slots)[:, None] * torch.ones(48)  # one tap, one ray, no noise
+    rows = Rows(torch.view_as_real(history.to(torch.complex64))[None].contiguous(), torch.randn(1, 4, 48, 2))
+    assert rows.anchor is not None
+    first = torch.view_as_complex(rows.anchor).mean(-1)  # tap 0 of the anchor, up to sqrt(K)
+    with torch.no_grad():
+        forecast = torch.view_as_complex(model(rows).contiguous()).mean(-1)
+    torch.testing.assert_close(forecast, first, rtol=0, atol=1e-2)

@@ -17,7 +17,9 @@ predictor optimal, which is what has to generalise over users and scenarios. ``s
 spectrum) stays on the device.
 
 Anchored, the row's forecast y only corrects the forecast z of its whole user (see ``tasks``):
-z + g (y - z) per tap and slot, with a gate g that the tokens set and that is zero at the start.
+z + g (y - z) per tap and slot. The tokens set the gate g, which is zero at the start and never larger than
+the noise's share of the tap's amplitude: a whole user knows its strong taps better than a row does, so
+little data cannot make an anchored model worse than its anchor.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ class Side(NamedTuple):
     amplitude: Tensor  # (B, 1, 1)
     covariance: Tensor  # (B, G, T, T) complex128, unit mean diagonal
     log_spectrum: Tensor  # (B, G, J)
+    doubt: Tensor  # (B, K) share of noise in each tap's amplitude, at most 1
     anchor: Tensor | None  # (B, F, K) complex taps of the anchor forecast
 
 
@@ -110,7 +113,8 @@ class Embedding(nn.Module):
         )
         tokens = torch.einsum("bsf,sfd->bsd", features, self.weight) + self.bias
         anchor = None if rows.anchor is None else _to_taps(rows.anchor)  # (B, F, K)
-        return tokens, Side(taps, power.sqrt()[..., None], covariance, log_spectrum, anchor)
+        doubt = ((noise + 1e-6) / (profile + 1e-6)).clamp(max=1.0).sqrt()  # (B, K)
+        return tokens, Side(taps, power.sqrt()[..., None], covariance, log_spectrum, doubt, anchor)
 
 
 class Head(nn.Module):
@@ -151,7 +155,7 @@ class Head(nn.Module):
 
 
 class Residual(nn.Module):
-    """Anchor z plus gated correction: z + g (y - z), g = 0 at the start."""
+    """Anchor z plus gated correction: z + g (y - z), g = 0 at the start and |g| <= doubt."""
 
     def __init__(self, width: int, taps: int, future: int) -> None:
         super().__init__()
@@ -165,6 +169,7 @@ class Residual(nn.Module):
         if side.anchor is None:
             raise ValueError("an anchored model needs rows with an anchor forecast, got none")
         gate = torch.tanh(self.gate(tokens.flatten(1))[:, None] * self.slot)  # (B, F, K)
+        gate = gate * side.doubt[:, None]
         return side.anchor + gate * (forecast - side.anchor)
 
 
