@@ -98,17 +98,26 @@ def _check_adapter(flat: dict[str, Scalar], adapter: Path, vector: np.ndarray) -
     torch.testing.assert_close(theirs, ours, rtol=0, atol=0)
 
 
-def test_a_failed_run_exits_with_one_and_says_why(
+def test_a_damaged_file_is_refused_before_ray_starts(
     flat: dict[str, Scalar], flower: dict[str, str], tmp_path: Path
 ) -> None:
     channels = dict(np.load(str(flat["data.source"])))
     channels["H"][3, 2, 1] = np.nan
     np.savez(tmp_path / "nan.npz", **channels)
-    code, output = fedlam_run(
-        {**flat, "data.source": str(tmp_path / "nan.npz")}, tmp_path / "results", flower
-    )
+    bad = {**flat, "data.source": str(tmp_path / "nan.npz")}
+    code, output = fedlam_run(bad, tmp_path / "results", flower)
+    assert code == 2
+    assert "nan.npz" in output and "NaN" in output and "Successfully started run" not in output
+
+
+def test_a_failed_run_exits_with_one_and_says_why(
+    flat: dict[str, Scalar], flower: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "channels").write_text("a file where the cache wants a folder")
+    broken = {**flat, "data.source": "sionna", "data.cache": str(tmp_path)}
+    code, output = fedlam_run(broken, tmp_path / "results", flower)
     assert code == 1
-    assert "nan.npz" in output and "NaN" in output
+    assert str(tmp_path / "channels") in output and "is finished:failed" in output
 
 
 def _free_port() -> int:
