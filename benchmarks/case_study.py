@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.record import Figure, write_result
+from fedlam_app.base import machine
 from fedlam_app.config import defaults
 from fedlam_app.experiments.plots import final_records
 from fedlam_app.experiments.track import read_metrics
@@ -23,7 +24,8 @@ COMPETITORS = (
     "llm4cp-local,gru-local,rnn-local,lstm-local,cnn-local,transformer-local,central,central-small,"
     "repeat-last,ar,pad,ridge,wiener-ar"
 )
-FOLDER = Path.home() / "fedlam-runs" / "benchmark-case-study"
+# A folder a commit: what an earlier version measured is not this one's.
+FOLDER = Path.home() / "fedlam-runs" / f"benchmark-case-study-{machine.commit(Path(__file__).parent)[:12]}"
 SERVERS = (1, 2, 5, 10)
 
 
