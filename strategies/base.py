@@ -147,15 +147,20 @@ class Federation(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Stack the tables of sums, models first; an evaluation is whole or it is an error."""
-        tables = []
+        tables, answered = [], 0
         for message in replies:
             if message.has_error():
                 raise RuntimeError(f"an evaluation failed: {message.error.reason}")
             report = decode(message.content, EvaluateReport)
             self.cost.client(report.cpu_s, report.peak_rss_bytes)
             tables.append(report.table)
-        if not tables:
-            raise RuntimeError(f"no SuperNode answered the evaluation within {self.timeout_s} s")
+            answered += len(report.chunks)
+        asked = len(self.algorithm.models()) * len(self._evaluation[0])
+        if answered != asked:
+            raise RuntimeError(
+                f"only {answered} of {asked} evaluation chunks came back within"
+                f" federation.timeout-s = {self.timeout_s:g}"
+            )
         stacked = np.concatenate(tables)  # (models x users, columns)
         self._tables = stacked.reshape(len(self.algorithm.models()), -1, stacked.shape[1])
         return None

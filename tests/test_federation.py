@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
@@ -157,6 +157,16 @@ def test_a_failing_client_is_named_and_a_round_without_any_is_an_error(flat: Fla
     federation.algorithm.init(federation.algorithm.models()[0], [99])
     with pytest.raises(RuntimeError, match=r"no device finished round 1: .*train of \[99\]: IndexError"):
         federation.train_round(grid, 1)
+
+
+def test_an_evaluation_with_a_missing_chunk_is_an_error(flat: Flat) -> None:
+    federation, grid = start(flat, 2, {})
+    federation._evaluation = ([0, 1, 2], 2)
+    messages = list(federation.configure_evaluate(0, federation._arrays(), ConfigRecord(), grid))
+    replies = list(grid.send_and_receive(messages))
+    federation.aggregate_evaluate(0, replies)
+    with pytest.raises(RuntimeError, match=r"only 2 of 3 evaluation chunks came back"):
+        federation.aggregate_evaluate(0, replies[:1])
 
 
 def test_a_message_of_another_schema_is_refused() -> None:

@@ -52,6 +52,12 @@ def test_the_global_loss_is_over_every_shard_however_few_take_part(flat: dict[st
     assert users == sum(len(shard) for shard in many.shards) == 32
 
 
+def test_naming_the_same_file_twice_does_not_test_on_training_users(flat: dict[str, Scalar]) -> None:
+    t = task({**flat, "data.test-source": flat["data.source"]})
+    users = {user.tobytes() for user in t.train.history}
+    assert len(users) == 40 and not any(user.tobytes() in users for user in t.test.history)
+
+
 class Oracle(nn.Module):
     """Returns given rows, whatever it is asked."""
 

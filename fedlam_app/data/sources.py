@@ -24,7 +24,7 @@ def load_splits(data: DataConfig, seed: int, progress: bool = False) -> tuple[Ch
         if not data.test_source:
             return train, _generated(data, "test", data.test_users, seed, progress)
         return train, _from_file(data, data.test_source, {"test-users": data.test_users}, seed)[0]
-    if data.test_source:
+    if data.test_source and not _one_pool(data):
         (train,) = _from_file(data, data.source, {"users": data.users}, seed)
         (test,) = _from_file(data, data.test_source, {"test-users": data.test_users}, seed)
         return train, test
@@ -41,6 +41,18 @@ def check_files(data: DataConfig, seed: int) -> None:
         _from_file(data, data.test_source, {"test-users": data.test_users}, seed)
     else:
         load_splits(data, seed)
+
+
+def _one_pool(data: DataConfig) -> bool:
+    """Whether both sources are the same users: then one cut must part them, or training meets the test."""
+    path = Path(data.source)
+    return path == Path(data.test_source) and (path.is_file() or len(_splits_in(path)) < 2)
+
+
+def _splits_in(path: Path) -> set[str]:
+    from fedlam_app.data.readers import splits_in
+
+    return set(splits_in(path))
 
 
 def _generated(data: DataConfig, split: str, users: int, seed: int, progress: bool) -> ChannelSet:
@@ -60,11 +72,11 @@ def _generated(data: DataConfig, split: str, users: int, seed: int, progress: bo
 
 def _from_file(data: DataConfig, source: str, counts: dict[str, int], seed: int) -> list[ChannelSet]:
     """Cut a file's users into disjoint splits of the sizes asked for."""
-    from fedlam_app.data.readers import read, splits_in
+    from fedlam_app.data.readers import read
 
     # LLM4CP keeps training and test users under different keys, often in one folder.
     path = Path(source)
-    split = "" if path.is_file() or len(splits_in(path)) < 2 else ("train" if "users" in counts else "test")
+    split = "" if path.is_file() or len(_splits_in(path)) < 2 else ("train" if "users" in counts else "test")
     channels = read(path, duplex=data.duplex, split=split)
     wanted = sum(counts.values())
     if wanted > len(channels):
