@@ -9,10 +9,18 @@ it never crosses a cut. Source: the cut of "Edge Large AI Models", arXiv:2505.00
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+class Tokens(NamedTuple):
+    """What crosses the first cut, without padding: the tokens of B samples, one sample after the other."""
+
+    values: Tensor  # (N, D), N = sum of lengths
+    lengths: Tensor  # (B,) int64, at least 1
+    rows: Tensor | None = None  # (R,) int64: outputs that the head needs; None: each sample's mean
 
 
 class SplitModel(nn.Module):
