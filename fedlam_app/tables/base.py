@@ -24,7 +24,7 @@ def split_integers(value: object) -> Any:
     return tuple(int(part) if isinstance(part, str) and part.isdecimal() else part for part in parts)
 
 
-def scenarios(value: str) -> str:
+def known_scenarios(value: str) -> str:
     """Check a comma list of TR 38.901 scenarios."""
     names = split(value)
     assert isinstance(names, tuple)

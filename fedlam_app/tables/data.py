@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from fedlam_app.tables.base import Natural, Positive, Snr, Speed, Table, scenarios
+from fedlam_app.tables.base import Natural, Positive, Snr, Speed, Table
 
 
 class DataConfig(Table):
@@ -17,7 +17,7 @@ class DataConfig(Table):
     folder of LLM4CP ``.mat`` files."""
     test_source: str
     """Held-out channels: a path as in ``source``, or empty to split them from the same source, by user."""
-    scenario: Annotated[str, AfterValidator(scenarios)]
+    scenario: Annotated[str, AfterValidator(known_scenarios)]
     """TR 38.901 scenario and line of sight; a comma list is a mixture in equal parts (sionna only)."""
     duplex: Literal["tdd", "fdd"]
     """Whether the future is on the history's own band (tdd) or on the downlink band beside it (fdd)."""
