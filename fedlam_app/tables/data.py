@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from fedlam_app.tables.base import Natural, Positive, Snr, Speed, Table
+from fedlam_app.tables.base import Natural, Positive, Snr, Speed, Table, known_scenarios
 
 
 class DataConfig(Table):
