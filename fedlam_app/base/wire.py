@@ -1,0 +1,198 @@
+"""Number formats of the wire: rows of activations or gradients to bytes and back, with exact sizes.
+
+    fp64 fp32    the bits themselves
+    fp16 bf16    round to nearest even; what exceeds the format's largest number becomes that number
+    int8 int4    row x = s q:   s = bf16(max|x| / L),   q = round(x / s) in [-L, L],   L = 127 or 7
+
+A row is a token. The scale is bfloat16 and not fp16, which would lose Jacobians of 1e-7. Without ``draw``
+rounding is to nearest, in s as in q: the largest value of a row then has code L, so decoding and encoding
+again changes nothing, and |error| <= s/2. With ``draw``, s is rounded up so that nothing is cut off, and q is
+floor(x / s) plus one with probability x / s - floor(x / s): E[decode(encode(x))] = x, and |error| < s
+(D. Alistarh et al., QSGD, arXiv:1610.02132, with the row's maximum in place of its norm).
+
+A finite value stays finite. A value that is not must be found by whoever receives it: it survives in the
+float formats, and in the integer formats it makes its row NaN.
+
+Payload, little-endian, row after row: the values; or the n scales (2 bytes each), then the codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32] | NDArray[np.float64]  # (n, d)
+Float32 = NDArray[np.float32]
+Bf16 = NDArray[np.uint16]  # the upper half of a float32
+
+_BF16_NAN = 0x7FC0
+_BF16_LEAST = 0x0080  # 2^-126, the smallest normal number
+_BF16_LARGEST = float.fromhex("0x1.FEp127")
+_FP16_LARGEST = 65504.0
+
+
+@dataclass(frozen=True)
+class Format:
+    """One number format: ``decode(encode(x), n, d)`` is x (n, d) up to the format's error."""
+
+    name: str
+    _row: Callable[[int], int]  # d -> bytes of a row
+    _pack: Callable[[Array, np.random.Generator | None], bytes]
+    _unpack: Callable[[bytes, int, int], Array]
+
+    def encode(self, x: Array, draw: np.random.Generator | None = None) -> bytes:
+        """Return the payload of ``x`` (n, d); ``draw`` makes the integer formats unbiased."""
+        return self._pack(x, draw)
+
+    def decode(self, data: bytes, n: int, d: int) -> Array:
+        """Return the array (n, d), float64 for fp64 and else float32; ``ValueError`` for another length."""
+        check_length(self.name, data, n, d, self.size(n, d))
+        return self._unpack(data, n, d)
+
+    def size(self, n: int, d: int) -> int:
+        """Return the length of the payload of n rows of d values [bytes]."""
+        return n * self._row(d)
+
+
+def check_length(name: str, data: bytes, n: int, d: int, expected: int) -> None:
+    """Raise ``ValueError`` unless the payload has the expected length [bytes]."""
+    if len(data) != expected:
+        raise ValueError(f"a payload of {n} x {d} values in {name} has {expected} bytes, got {len(data)}")
+
+
+def row_scales(x: Float32, levels: int, up: bool = False) -> Bf16:
+    """Return max|x| / levels of each row of ``x`` (n, d) as bfloat16 (n,): nearest, or rounded up.
+
+    NaN where the row is not finite, or so large that levels * scale would not be. Never below 2^-126, so
+    that a row of zeros needs no exception and no arithmetic is subnormal. For ``levels`` = 2^m - 1 the
+    rounding of the quotient in float32 never undoes ``up``: levels * scale >= max|x| exactly.
+    """
+    largest = np.abs(np.maximum(x.max(axis=1, initial=0.0), -x.min(axis=1, initial=0.0)))  # (n,), no -0
+    scales = np.maximum(to_bf16(largest / np.float32(levels), up), np.uint16(_BF16_LEAST))
+    with np.errstate(over="ignore"):
+        scales[~np.isfinite(from_bf16(scales) * np.float32(levels))] = _BF16_NAN
+    return scales
+
+
+def to_bf16(x: Float32, up: bool = False) -> Bf16:
+    """Return ``x`` as bfloat16: round to nearest even, or, for x >= 0, ``up``."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    half = 0xFFFF if up else 0x7FFF + ((bits >> 16) & 1)
+    rounded = ((bits + half) >> 16).astype(np.uint16)
+    rounded[np.isnan(x)] = _BF16_NAN  # the addition may have carried a NaN into the sign
+    return rounded
+
+
+def from_bf16(bits: Bf16) -> Float32:
+    """Return the float32 numbers whose upper half is ``bits``."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def as_float32(x: Array) -> Float32:
+    """Return ``x`` as float32; what float32 cannot hold becomes infinite, and so is found."""
+    with np.errstate(over="ignore"):
+        return x.astype(np.float32, copy=False)
+
+
+def _clip(x: Array, largest: float) -> Array:
+    """Return ``x`` with its finite values within +-largest."""
+    return np.where(np.isfinite(x), np.clip(x, -largest, largest), x)
+
+
+def _pack_fp64(x: Array, draw: np.random.Generator | None) -> bytes:
+    return x.astype("<f8", copy=False).tobytes()
+
+
+def _unpack_fp64(data: bytes, n: int, d: int) -> Array:
+    return np.frombuffer(data, "<f8").reshape(n, d).astype(np.float64)
+
+
+def _pack_fp32(x: Array, draw: np.random.Generator | None) -> bytes:
+    return as_float32(x).astype("<f4", copy=False).tobytes()
+
+
+def _unpack_fp32(data: bytes, n: int, d: int) -> Array:
+    return np.frombuffer(data, "<f4").reshape(n, d).astype(np.float32)
+
+
+def _pack_fp16(x: Array, draw: np.random.Generator | None) -> bytes:
+    return _clip(x, _FP16_LARGEST).astype("<f2").tobytes()
+
+
+def _unpack_fp16(data: bytes, n: int, d: int) -> Array:
+    return np.frombuffer(data, "<f2").reshape(n, d).astype(np.float32)
+
+
+def _pack_bf16(x: Array, draw: np.random.Generator | None) -> bytes:
+    return to_bf16(as_float32(_clip(x, _BF16_LARGEST))).astype("<u2", copy=False).tobytes()
+
+
+def _unpack_bf16(data: bytes, n: int, d: int) -> Array:
+    return from_bf16(np.frombuffer(data, "<u2").reshape(n, d))
+
+
+def _quantise(x: Array, levels: int, draw: np.random.Generator | None) -> tuple[bytes, NDArray[np.int8]]:
+    """Return the scales' bytes and the codes (n, d) in [-levels, levels]."""
+    x = as_float32(x)
+    scales = row_scales(x, levels, up=draw is not None)  # (n,)
+    factors = from_bf16(scales)
+    with np.errstate(invalid="ignore"):
+        codes = np.divide(x, factors[:, None])  # (n, d)
+    codes[np.isnan(factors)] = 0.0  # times a NaN scale
+    if draw is None:
+        np.rint(codes, out=codes)
+    else:
+        floor = np.floor(codes)
+        codes -= floor  # floor(codes + uniform) would be biased, and reach 128: near 127 a sum has few bits
+        floor += draw.random(codes.shape, np.float32) < codes
+        codes = floor
+    return scales.astype("<u2", copy=False).tobytes(), codes.astype(np.int8)
+
+
+def _dequantise(data: bytes, codes: NDArray[np.int8]) -> Array:
+    """Return scales times codes (n, d) as float32: exact, 8 bits times 7."""
+    factors = from_bf16(np.frombuffer(data, "<u2", count=len(codes)))
+    values = codes.astype(np.float32)
+    values *= factors[:, None]
+    return values
+
+
+def _pack_int8(x: Array, draw: np.random.Generator | None) -> bytes:
+    scales, codes = _quantise(x, 127, draw)
+    return scales + codes.tobytes()
+
+
+def _unpack_int8(data: bytes, n: int, d: int) -> Array:
+    return _dequantise(data, np.frombuffer(data, np.int8, offset=2 * n).reshape(n, d))
+
+
+def _pack_int4(x: Array, draw: np.random.Generator | None) -> bytes:
+    scales, codes = _quantise(x, 7, draw)
+    nibbles = codes.view(np.uint8)
+    packed = nibbles[:, 0::2] & 0x0F  # (n, ceil(d / 2)): even columns in the lower half of a byte
+    packed[:, : codes.shape[1] // 2] |= nibbles[:, 1::2] << 4
+    return scales + packed.tobytes()
+
+
+def _unpack_int4(data: bytes, n: int, d: int) -> Array:
+    packed = np.frombuffer(data, np.uint8, offset=2 * n).reshape(n, (d + 1) // 2)
+    codes = np.empty((n, d), np.int8)
+    codes[:, 0::2] = (packed << 4).view(np.int8) >> 4  # the shift back extends the sign
+    codes[:, 1::2] = packed.view(np.int8)[:, : d // 2] >> 4
+    return _dequantise(data, codes)
+
+
+FORMATS: dict[str, Format] = {
+    f.name: f
+    for f in (
+        Format("fp64", lambda d: 8 * d, _pack_fp64, _unpack_fp64),
+        Format("fp32", lambda d: 4 * d, _pack_fp32, _unpack_fp32),
+        Format("fp16", lambda d: 2 * d, _pack_fp16, _unpack_fp16),
+        Format("bf16", lambda d: 2 * d, _pack_bf16, _unpack_bf16),
+        Format("int8", lambda d: 2 + d, _pack_int8, _unpack_int8),
+        Format("int4", lambda d: 2 + (d + 1) // 2, _pack_int4, _unpack_int4),
+    )
+}
