@@ -53,6 +53,8 @@ class Algorithm:
     space: ClassVar[str] = "adapter"
     lora: ClassVar[bool] = False  # needs LoRA factors
     unlike_ranks: ClassVar[bool] = False  # devices may have ranks of their own
+    sequential: ClassVar[bool] = False  # gradients are taken one device at a time, at the newest model
+    foresees: ClassVar[bool] = True  # the next step's cohort does not depend on how this one went
     state_names: ClassVar[
         tuple[str, ...]
     ] = ()  # array attributes that a resumed run needs, beside the models
@@ -96,6 +98,10 @@ class Algorithm:
     def models(self) -> Vectors:
         """Return the current models (m, p): one global model, or one a device."""
         return self.vector[None]
+
+    def scored(self) -> Vectors:
+        """Return the models that an evaluation scores (m, p)."""
+        return self.models()
 
     def entries(self) -> Sequence[Entry]:
         """Return everything that was ever broadcast to be kept, oldest first; the list only grows."""

@@ -1,24 +1,34 @@
-"""No federation: every device keeps and trains its own model. The baseline that sharing must beat."""
+"""No federation: every device keeps and trains its own model. The baseline that sharing must beat.
+
+    v_{t+1}^k = what device k made of v_t^k
+
+Bytes: as FedAvg where the vectors travel, for nothing is averaged but everything is kept on the server.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
+from fedlam_app.base.layout import Layout
 from fedlam_app.base.vectors import Vector
-from strategies.algorithm import Vectors
+from strategies.algorithm import Algorithm, Vectors
 
 
-class Local:
+class Local(Algorithm):
     """One vector a device; a device that did not reply keeps its last one."""
 
-    def init(self, vector: Vector, devices: Sequence[int]) -> None:
+    unlike_ranks = True
+
+    def init(self, vector: Vector, devices: Sequence[int], layout: Layout) -> None:
+        super().init(vector, devices, layout)
         self._slot = {device: slot for slot, device in enumerate(devices)}
         self._vectors = np.repeat(vector[None], len(devices), axis=0)  # (devices, p)
 
-    def rows(self) -> list[int]:
-        return list(range(len(self._vectors)))
+    def rows(self, cohort: Sequence[int]) -> list[int]:
+        return [self._slot[device] for device in cohort]
 
     def fold(self, device: int, vector: Vector, weight: float) -> None:
         self._vectors[self._slot[device]] = vector
@@ -29,5 +39,5 @@ class Local:
     def models(self) -> Vectors:
         return self._vectors
 
-    def load(self, models: Vectors) -> None:
-        self._vectors = models.copy()
+    def load(self, state: dict[str, NDArray[np.generic]]) -> None:
+        self._vectors = state["models"].astype(self._vectors.dtype)

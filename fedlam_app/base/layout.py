@@ -93,3 +93,33 @@ class Layout:
                 b[:, rank:] = False
             self._parts[key] = mask
         return self._parts[key]
+
+
+def factors_at(layout: Layout, vector: Array, rank: int) -> list[tuple[Array, Array]]:
+    """Return (A (rank, in), B (out, rank)) of factors of any rank, listed pair by pair, A then B; views."""
+    factors, start = [], 0
+    for pair in layout.pairs:
+        middle = start + rank * pair.inputs
+        end = middle + pair.outputs * rank
+        factors.append(
+            (vector[start:middle].reshape(rank, pair.inputs), vector[middle:end].reshape(pair.outputs, rank))
+        )
+        start = end
+    if start != len(vector):
+        raise ValueError(f"factors of rank {rank} have {start} values, got {len(vector)}")
+    return factors
+
+
+def expand(compact: Array, basis: Array, layout: Layout) -> NDArray[np.float32]:
+    """Return the LoRA vector (p,) of Fed-SB's compact one: A = A_basis, B = B_basis R, the rest as it is.
+
+    ``compact`` is R (r, r) of every pair, then 'other'; ``basis`` lists factors of the layout's rank.
+    """
+    r, pairs = layout.rank, len(layout.pairs)
+    squares = compact[: pairs * r * r].reshape(pairs, r, r)
+    full = np.empty(layout.size, np.float32)
+    full[layout.part("other")] = compact[pairs * r * r :]
+    fixed = factors_at(layout, basis, r)
+    for (a, b), (fixed_a, fixed_b), square in zip(layout.factors(full), fixed, squares, strict=True):
+        a[:], b[:] = fixed_a, fixed_b.astype(np.float64) @ square
+    return full
