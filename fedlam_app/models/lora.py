@@ -1,4 +1,4 @@
-"""What trains inside a frozen backbone: LoRA on every linear layer, or the layer norms.
+"""What trains inside a backbone: LoRA on its linear layers, the layer norms, or everything.
 
 LoRA (Hu et al., ICLR 2022, arXiv:2106.09685): W x + (alpha / r) B A x with B = 0 at the start, so the
 adapted model starts as the pretrained one. Layers come from peft, so adapters load anywhere that
@@ -16,33 +16,44 @@ from fedlam_app.models.backbones import Backbone, NoBackbone
 
 
 def tune(
-    backbone: Backbone | NoBackbone, method: str, *, rank: int = 8, alpha: int = 16, seed: int = 0
+    backbone: Backbone | NoBackbone,
+    method: str,
+    *,
+    rank: int = 8,
+    alpha: int = 16,
+    seed: int = 0,
+    on: str = "all",
 ) -> Backbone | NoBackbone:
     """Make part of a frozen backbone trainable, in place, and return it.
 
-    ``method`` is 'lora' (all linear layers, rank ``rank``, scale ``alpha / rank``) or 'ln'. A backbone
-    without parameters (``none``) is returned as it is.
+    ``method`` is 'lora' (rank ``rank``, scale ``alpha / rank``, ``on`` 'all' linear layers or on 'attention',
+    queries and values), 'ln' or 'full'. A backbone without parameters (``none``) is returned as it is.
     """
     if isinstance(backbone, Backbone):
-        pick(METHODS, method, "tuning")(backbone, rank, alpha, seed)
+        if method == "lora":
+            _lora(backbone, rank, alpha, seed, backbone.linears if on == "all" else backbone.attention)
+        else:
+            pick(METHODS, method, "tuning")(backbone)
     return backbone
 
 
-def _lora(backbone: Backbone, rank: int, alpha: int, seed: int) -> None:
+def _lora(backbone: Backbone, rank: int, alpha: int, seed: int, linears: str) -> None:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=backbone.linears, bias="none"
-    )
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=linears, bias="none")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "lora"))
         backbone.model = get_peft_model(backbone.model, config)
 
 
-def _layer_norms(backbone: Backbone, rank: int, alpha: int, seed: int) -> None:
+def _layer_norms(backbone: Backbone) -> None:
     for name, parameter in backbone.model.named_parameters():
         leaf = name.lower()
         parameter.requires_grad_("norm" in leaf or "ln_" in leaf or "wpe" in leaf)
 
 
-METHODS = {"lora": _lora, "ln": _layer_norms}
+def _everything(backbone: Backbone) -> None:
+    backbone.model.requires_grad_(True)
+
+
+METHODS = {"ln": _layer_norms, "full": _everything}

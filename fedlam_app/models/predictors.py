@@ -49,7 +49,7 @@ def build(model: ModelConfig, seed: int, shape: Shape) -> SplitModel:
 
 def _backbone(model: ModelConfig, seed: int) -> backbones.Backbone | backbones.NoBackbone:
     frozen = backbones.load(model.backbone, blocks=model.blocks, weights=model.weights, seed=seed)
-    return lora.tune(frozen, model.tuning, rank=model.rank, alpha=model.alpha, seed=seed)
+    return lora.tune(frozen, model.tuning, rank=model.rank, alpha=model.alpha, seed=seed, on=model.lora_on)
 
 
 def _clean(model: ModelConfig, seed: int, shape: Shape) -> SplitModel:

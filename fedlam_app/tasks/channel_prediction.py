@@ -35,7 +35,7 @@ from fedlam_app.data.sources import load_splits
 from fedlam_app.models import classical, predictors, ridge
 from fedlam_app.models.rows import Rows
 from fedlam_app.models.split import SplitModel
-from fedlam_app.tasks.base import Cost
+from fedlam_app.tasks.base import Cost, Selection
 
 USERS_PER_CHUNK = 20  # fixed, so that sums and BLAS shapes do not depend on how chunks are spread
 ARRAY = 16  # antennas of one 4x4 array and one polarisation, for the spectral efficiency
@@ -69,6 +69,8 @@ class Observed:
 class ChannelPrediction:
     """Federated LLM4CP and its competitors on 3GPP channels."""
 
+    selection: Selection = "all"
+
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.seed = config.seed
@@ -88,9 +90,19 @@ class ChannelPrediction:
         _, _, history, subcarriers = self.train.history.shape
         return predictors.Shape(history, self.train.future.shape[2], subcarriers)
 
+    def inputs(self, model: SplitModel, batch: tuple[Rows, Tensor]) -> Rows:
+        return batch[0].to(model.device)
+
+    def criterion(self, output: Tensor, batch: tuple[Rows, Tensor]) -> Tensor:
+        label = batch[1].to(output.device)
+        return (output - label).square().sum() / label.square().sum()
+
+    def weight(self, batch: tuple[Rows, Tensor]) -> float:
+        """Return the labels' energy: an NMSE of pooled rows is the mean of its parts' NMSEs, so weighted."""
+        return float(batch[1].double().square().sum())
+
     def loss(self, model: SplitModel, batch: tuple[Rows, Tensor]) -> Tensor:
-        rows, label = batch[0].to(model.device), batch[1].to(model.device)
-        return (model(rows) - label).square().sum() / label.square().sum()
+        return self.criterion(model(self.inputs(model, batch)), batch)
 
     # --- data ---------------------------------------------------------------------------------------
 
@@ -116,6 +128,9 @@ class ChannelPrediction:
 
     def examples(self, device: int) -> int:
         return len(self.users(device)) * self.train.history.shape[1]
+
+    def ids(self, device: int, round: int, step: int) -> None:
+        """No batch is seen twice: noise is drawn anew."""
 
     def batch(self, device: int, round: int, step: int) -> tuple[Rows, Tensor]:
         """Draw users, antennas, SNR and noise of one local step, all keyed by (seed, device, round, step)."""
