@@ -1,19 +1,30 @@
 """Device work on whole models: train from an adapter vector, or score one.
 
-The model is resident: one per process and experiment, built once, its trainable parameters
-overwritten by the vector that arrives. Frozen weights never travel.
+The model is resident: one per process and experiment, built once, its trainable parameters overwritten by
+the vector that arrives. Frozen weights never travel; what the strategy broadcasts to be kept (merges of
+low-rank factors, Fed-SB's basis) is applied to the resident model once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
+from clients.compact import Compact
+from clients.faults import tampered
 from clients.loop import local_steps
+from clients.memory import Kept, Memory
 from fedlam_app.base.keys import seed_of
+from fedlam_app.base.layout import expand, factors_at
+from fedlam_app.base.records import EvaluateOrder, TrainOrder, cut
 from fedlam_app.base.vectors import Vector, pack, unpack
 from fedlam_app.config import RunConfig
+from fedlam_app.models.factors import layout_of, merge, probe
 from fedlam_app.models.split import SplitModel
 from fedlam_app.tasks.base import Task
 
@@ -24,28 +35,165 @@ class Worker:
     def __init__(self, config: RunConfig, task: Task) -> None:
         self.config = config
         self.task = task
-        self.model: SplitModel = task.build_model().to(torch_device(config.device))
-        self.parameters = list(self.model.trainable().values())
+        self.memory = Memory(config)
+        self._kept = Kept(self.memory)
+        self._build()
 
-    def train(self, vector: Vector, device: int, round: int) -> tuple[Vector, float]:
-        """Return the device's vector (p,) after its local steps, and their mean loss."""
-        unpack(vector, self.parameters)
+    def _build(self) -> None:
+        self.model: SplitModel = self.task.build_model().to(torch_device(self.config.device))
+        self.named = self.model.trainable()
+        self.parameters = list(self.named.values())
+        self.layout = layout_of(self.model, self.config.model.alpha / self.config.model.rank)
+        self.initial = pack(self.parameters)
+        self.modules = np.concatenate(
+            [np.full(p.numel(), not name.startswith("backbone.")) for name, p in self.named.items()]
+        )  # (p,) whether it lives on the device in a split
+        self._applied = 0  # entries that the resident model has taken in
+        self._basis: NDArray[np.float32] | None = None
+
+    def train(self, order: TrainOrder, place: int) -> tuple[Vector, float]:
+        """Return what the ``place``-th device of an order hands in, and the mean loss of its local steps."""
+        device, round = order.devices[place], order.round
+        self.bring(order.first, order.kinds, order.entry_ranks, order.entries)
+        sent = cut(order.vectors, order.sizes)[order.rows[place]]
+        if order.compact:
+            return self._train_compact(sent, device, round)
+        has, keeps = self.layout.within(order.ranks[place]), self.layout.part(order.keeps)
+        start = np.where(has & keeps, self.initial, np.float32(0))
+        start[has & ~keeps] = sent
+        own = has & keeps
+        if own.any() and (known := order.known[place]):
+            start[own] = self.memory.load(device, known)["kept"]
+        unpack(start, self.parameters)
+        if order.probe:
+            vector, loss = probe(self.model, self.layout, lambda: self._first_loss(device, round)), 0.0
+        else:
+            loss = self._steps(device, round, order.trains, order.proximal)
+            vector = pack(self.parameters)
+        if own.any():
+            self.memory.save(device, round, {"kept": vector[own]}, parent=order.known[place])
+        sent_back = vector[has & self.layout.part(order.returns)]
+        return tampered(self.config, device, sent_back), loss  # type: ignore[return-value]
+
+    def evaluate(self, order: EvaluateOrder, place: int) -> NDArray[np.float64]:
+        """Return the task's sums of the ``place``-th pair of an order, (owners or 1, users, columns)."""
+        self.bring(order.first, order.kinds, order.entry_ranks, order.entries)
+        vector = order.vectors[order.rows[place]]
+        if self._basis is not None and len(vector) != self.layout.size:
+            vector = expand(vector, self._basis, self.layout)
+        self.model.eval()
+        tables = []
+        # Owners that differ in their heads alone share one pass of the backbone.
+        shared = order.keeps == "modules" and not any(name.startswith("embedding.") for name in self.named)
+        with _remembered(self.model.backbone) if shared else nullcontext():
+            for owned in self._owned(vector, order):
+                unpack(owned, self.parameters)
+                tables.append(self.task.evaluate(self.model, order.chunks[place], order.antennas))
+        return np.stack(tables)
+
+    def _owned(self, vector: Vector, order: EvaluateOrder) -> Iterator[Vector]:
+        """Yield the vector as each owner has it, or as it is where there are no owners."""
+        if not order.owners:
+            yield vector
+        own = self.modules if order.keeps == "modules" else self.layout.part(order.keeps)
+        for device, version in zip(order.owners, order.known, strict=True):
+            yield _replaced(vector, own, self.memory.load(device, version).get("kept"))
+
+    def bring(
+        self, first: int, kinds: Sequence[str], ranks: Sequence[int], joined: NDArray[np.float32]
+    ) -> None:
+        """Take in the entries up to the last that the order names, from it or from this site's files."""
+        total = first + len(kinds)
+        if total < self._applied:  # the run went back to an earlier round
+            self._build()
+        if kinds:
+            sizes = [sum(r * (p.inputs + p.outputs) for p in self.layout.pairs) for r in ranks]
+            for number, (kind, rank, vector) in enumerate(
+                zip(kinds, ranks, cut(joined, sizes), strict=True), start=first
+            ):
+                self._kept.add(number, kind, rank, vector)
+        while self._applied < total:
+            kind, rank, vector = self._kept.get(self._applied)
+            if kind == "merge":
+                merge(self.model, self.layout, vector, rank)
+            else:
+                self._basis = vector
+            self._applied += 1
+
+    def _steps(self, device: int, round: int, trains: str, proximal: float) -> float:
+        """Train the parts that the plan names, in place."""
+        chosen = self.layout.part(trains)
+        start, trained = 0, []
+        for parameter in self.parameters:
+            parameter.requires_grad_(bool(chosen[start]))
+            trained += [parameter] if chosen[start] else []
+            start += parameter.numel()
+        try:
+            return local_steps(
+                self._losses(device, round), trained, self.config.train, round, proximal=proximal
+            )
+        finally:
+            for parameter in self.parameters:
+                parameter.requires_grad_(True)
+
+    def _train_compact(self, sent: Vector, device: int, round: int) -> tuple[Vector, float]:
+        """Train Fed-SB's squares between the two fixed factors."""
+        assert self._basis is not None
+        compact = Compact(self.named, self.layout, factors_at(self.layout, self._basis, self.layout.rank))
+        compact.load(sent)
+        loss = local_steps(
+            self._losses(device, round),
+            compact.parameters,
+            self.config.train,
+            round,
+            before_step=compact.pull,
+            after_step=compact.push,
+        )
+        return tampered(self.config, device, compact.vector()), loss  # type: ignore[return-value]
+
+    def _losses(self, device: int, round: int) -> Callable[[int], torch.Tensor | None]:
+        """Return the loss of a local step; ``None`` where its batch is empty."""
         self.model.train()
         # Dropout is the one draw that torch makes by itself: key it too.
         torch.manual_seed(seed_of(self.config.seed, "dropout", device, round))
-        mean_loss = local_steps(
-            lambda step: self.task.loss(self.model, self.task.batch(device, round, step)),
-            self.parameters,
-            self.config.train,
-            round,
-        )
-        return pack(self.parameters), mean_loss
 
-    def evaluate(self, vector: Vector, chunk: int, antennas: int) -> NDArray[np.float64]:
-        """Return the task's sums a user of one evaluation chunk, (users, columns)."""
-        unpack(vector, self.parameters)
-        self.model.eval()
-        return self.task.evaluate(self.model, chunk, antennas)
+        def loss(step: int) -> torch.Tensor | None:
+            batch = self.task.batch(device, round, step)
+            return self.task.loss(self.model, batch) if self.task.weight(batch) > 0.0 else None
+
+        return loss
+
+    def _first_loss(self, device: int, round: int) -> torch.Tensor:
+        loss = self._losses(device, round)
+        for step in range(self.config.train.local_steps):
+            if (value := loss(step)) is not None:
+                return value
+        raise ValueError(f"device {device} has no batch in round {round} to take a gradient of")
+
+
+def _replaced(vector: Vector, own: NDArray[np.bool_], kept: NDArray[np.generic] | None) -> Vector:
+    """Return a vector with a device's own part in its place; a device that starts has none yet."""
+    vector = vector.copy()
+    if kept is not None:
+        vector[own] = kept
+    return vector
+
+
+@contextmanager
+def _remembered(backbone: nn.Module) -> Iterator[None]:
+    """Let a backbone answer the first call and repeat that answer: every call has the same tokens."""
+    answers: list[torch.Tensor] = []
+
+    def forward(tokens: object) -> torch.Tensor:
+        if not answers:
+            answers.append(type(backbone).forward(backbone, tokens))
+        return answers[0]
+
+    backbone.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del backbone.forward
 
 
 def torch_device(name: str) -> torch.device:

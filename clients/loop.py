@@ -2,46 +2,59 @@
 
 A client keeps nothing between rounds: the optimiser starts fresh, so that any worker can train any
 device, a killed run continues from the global vector alone, and no moments cross the wire.
+
+With mu > 0 every step also pulls back to where the round began, w_t: FedProx (Li et al., MLSys 2020,
+arXiv:1812.06127), loss + mu/2 ||w - w_t||^2.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from fedlam_app.base.schedule import learning_rate
 from fedlam_app.config import TrainConfig
-
-WARM_UP_ROUNDS = 2
 
 
 def local_steps(
-    loss: Callable[[int], Tensor], parameters: list[torch.nn.Parameter], train: TrainConfig, round: int
+    loss: Callable[[int], Tensor | None],
+    parameters: list[torch.nn.Parameter],
+    train: TrainConfig,
+    round: int,
+    *,
+    proximal: float = 0.0,
+    before_step: Callable[[], None] = lambda: None,
+    after_step: Callable[[], None] = lambda: None,
 ) -> float:
-    """Run ``train.local_steps`` steps on ``loss(step)`` in place; return the mean loss of the steps."""
+    """Run ``train.local_steps`` steps on ``loss(step)`` in place; return the mean loss of the steps.
+
+    A loss of ``None`` is an empty batch: no step. ``before_step`` and ``after_step`` stand around the
+    optimiser's, for parameters that are not the model's own.
+    """
     optimiser = torch.optim.AdamW(
         parameters,
-        lr=learning_rate(train, round),
+        lr=learning_rate(train.lr, train.rounds, round),
         betas=(0.9, 0.99),  # a second moment that settles within a round's few steps
         weight_decay=train.weight_decay,
         foreach=True,
     )
-    total = 0.0
+    start = [p.detach().clone() for p in parameters] if proximal else []
+    losses = []
     for step in range(train.local_steps):
         optimiser.zero_grad(set_to_none=True)
         value = loss(step)
+        if value is None:
+            continue
         value.backward()
+        before_step()
+        for p, origin in zip(parameters, start, strict=False):
+            if p.grad is not None:
+                p.grad.add_(p.detach() - origin, alpha=proximal)
         if train.clip_norm > 0.0:
             torch.nn.utils.clip_grad_norm_(parameters, train.clip_norm)
         optimiser.step()
-        total += value.item()
-    return total / train.local_steps
-
-
-def learning_rate(train: TrainConfig, round: int) -> float:
-    """Return the rate of a round (1-based): two rounds of warm-up, then a cosine from ``lr`` to 5 % of it."""
-    warm_up = min(1.0, round / WARM_UP_ROUNDS)
-    progress = (round - 1) / max(1, train.rounds - 1)
-    return train.lr * warm_up * (0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * progress)))
+        after_step()
+        losses.append(value.item())
+    return sum(losses) / max(1, len(losses))

@@ -12,19 +12,28 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.adapter import Worker
+from clients.faults import vanishes
+from clients.split import SplitDevice
 from fedlam_app.base.records import (
     EvaluateOrder,
     EvaluateReport,
+    ModulesOrder,
+    ModulesReport,
+    Report,
+    SplitOrder,
+    SplitReport,
     TrainOrder,
     TrainReport,
     decode,
+    join,
+    kind_of,
     refuse,
     reply,
 )
@@ -37,50 +46,86 @@ app = ClientApp()
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train the devices of a ``TrainOrder``, one after the other."""
-    return _answer(message, context, _train)
+    """Do what an order asks of its devices, one after the other."""
+    return _answer(message, context, ORDERS)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Score the (model, chunk) pairs of an ``EvaluateOrder``."""
-    return _answer(message, context, _evaluate)
+    return _answer(message, context, {"EvaluateOrder": _evaluate})
 
 
-def _train(message: Message, base: str) -> TrainReport:
-    order = decode(message.content, TrainOrder)
+def _train(content: RecordDict, base: str) -> TrainReport:
+    order = decode(content, TrainOrder)
     worker = _worker(base, order.cell)
     started = time.process_time()
-    results = [
-        worker.train(order.vectors[row], device, order.round)
-        for device, row in zip(order.devices, order.rows, strict=True)
-    ]
+    here = [p for p, k in enumerate(order.devices) if not vanishes(worker.config, k, order.round)]
+    results = [worker.train(order, place) for place in here]
+    vectors, sizes = join([vector for vector, _ in results], np.float32)
+    devices = [order.devices[place] for place in here]
     return TrainReport(
-        devices=order.devices,
-        weights=[float(worker.task.examples(device)) for device in order.devices],
+        devices=devices,
+        weights=[float(worker.task.examples(device)) for device in devices],
         losses=[loss for _, loss in results],
         cpu_s=time.process_time() - started,
         peak_rss_bytes=peak_rss_bytes(),
-        vectors=np.stack([vector for vector, _ in results]),
+        vectors=vectors,
+        sizes=sizes,
     )
 
 
-def _evaluate(message: Message, base: str) -> EvaluateReport:
-    order = decode(message.content, EvaluateOrder)
+def _split(content: RecordDict, base: str) -> SplitReport:
+    order = decode(content, SplitOrder)
+    device = SplitDevice(_worker(base, order.cell))
+    started = time.process_time()
+    found = [device.answer(order, place) for place in range(len(order.devices))]
+    answers = [answer for answer in found if answer is not None]
+    payload, sizes = join([answer.payload for answer in answers], np.uint8)
+    return SplitReport(
+        devices=[answer.device for answer in answers],
+        weights=[answer.weight for answer in answers],
+        losses=[answer.loss for answer in answers],
+        cpu_s=time.process_time() - started,
+        peak_rss_bytes=peak_rss_bytes(),
+        payload=payload,
+        sizes=sizes,
+    )
+
+
+def _modules(content: RecordDict, base: str) -> ModulesReport:
+    order = decode(content, ModulesOrder)
+    device = SplitDevice(_worker(base, order.cell))
+    started = time.process_time()
+    vectors = device.hand_in(order)
+    return ModulesReport(
+        devices=order.devices,
+        cpu_s=time.process_time() - started,
+        peak_rss_bytes=peak_rss_bytes(),
+        vectors=vectors,
+    )
+
+
+def _evaluate(content: RecordDict, base: str) -> EvaluateReport:
+    order = decode(content, EvaluateOrder)
     worker = _worker(base, order.cell)
     started = time.process_time()
-    tables = [
-        worker.evaluate(order.vectors[row], chunk, order.antennas)
-        for row, chunk in zip(order.rows, order.chunks, strict=True)
-    ]
+    tables = [worker.evaluate(order, place) for place in range(len(order.rows))]
     return EvaluateReport(
         rows=order.rows,
         chunks=order.chunks,
-        users=[len(table) for table in tables],
+        users=[table.shape[1] for table in tables],
         cpu_s=time.process_time() - started,
         peak_rss_bytes=peak_rss_bytes(),
-        table=np.concatenate(tables),
+        table=np.concatenate(tables, axis=1),
     )
+
+
+ORDERS: dict[str, Callable[[RecordDict, str], Report]] = {
+    "TrainOrder": _train,
+    "SplitOrder": _split,
+    "ModulesOrder": _modules,
+}
 
 
 # One process serves every message of a run, and experiments alternate: keep a few resident.
@@ -101,12 +146,13 @@ def peak_rss_bytes() -> int:
 
 
 def _answer(
-    message: Message, context: Context, work: Callable[[Message, str], TrainReport | EvaluateReport]
+    message: Message, context: Context, known: Mapping[str, Callable[[RecordDict, str], Report]]
 ) -> Message:
     """Do the work; a failure travels back as one sentence that names the place, not as silence."""
     run_config: dict[str, Scalar] = dict(context.run_config)
     try:
-        return reply(work(message, json.dumps(run_config, sort_keys=True)), message)
+        work = pick(known, kind_of(message.content), "order")
+        return reply(work(message.content, json.dumps(run_config, sort_keys=True)), message)
     except Exception as error:
         traceback.print_exc()
         where = message.content.config_records["config"]

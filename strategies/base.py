@@ -1,17 +1,19 @@
-"""The round: pack devices into messages, send, fold replies in slot order, step.
+"""The one place where strategies meet Flower: pack devices into messages, send, take the replies in order.
 
-This is the one place where an ``Algorithm`` (arithmetic on vectors) meets Flower. N logical devices
-live on W SuperNodes: a message carries the ids of a contiguous slice of devices and the vectors that
-they start from; its reply carries one row a device. Rows are folded in device order, whatever the
-order of arrival and whatever W is, so the result depends on neither.
+N logical devices live on W SuperNodes: a message carries a contiguous slice of devices, and its reply is
+taken in the order of sending, whatever the order of arrival and whatever W is, so the result depends on
+neither. What a message says is the business of the two rounds built on this: ``adapter_round.py`` (devices
+train the whole model) and ``split_lora.py`` (the large model stays on the edge server).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
+from typing import TypeVar
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -23,31 +25,33 @@ from numpy.typing import NDArray
 from fedlam_app.base.records import (
     EvaluateOrder,
     EvaluateReport,
-    TrainOrder,
-    TrainReport,
+    Order,
+    Report,
     decode,
     order,
-    payload_bytes,
 )
 from strategies.algorithm import Algorithm
 
+OWNERS = 10  # devices with a part of their own that an evaluation scores, the first ones
 PULL_INTERVAL_S = 0.01  # Flower's default of 0.1 s would quantise short rounds
+
+R = TypeVar("R", bound=Report)
+Packed = list[tuple[int, Order]]  # (SuperNode, what it shall do)
 
 
 @dataclass
 class Cost:
-    """What a round or an evaluation cost: serialised payload bytes and measured client CPU time."""
+    """What a round or an evaluation cost: serialised payload bytes, and CPU and wall time as measured."""
 
     bytes_down: int = 0
     bytes_up: int = 0
-    cpu_s: float = 0.0
+    cpu_s: float = 0.0  # of all devices
+    server_cpu_s: float = 0.0  # of the edge server's large model
     peak_rss_bytes: int = 0
+    exchanges: int = 0
+    exchange_s: float = 0.0  # wall time between sending and the last reply
+    waited_s: float = 0.0  # the part of it in which the slowest SuperNode computed
     failures: list[str] = field(default_factory=list)
-
-    def client(self, cpu_s: float, peak_rss_bytes: int) -> None:
-        """Add one client process's share."""
-        self.cpu_s += cpu_s
-        self.peak_rss_bytes = max(self.peak_rss_bytes, peak_rss_bytes)
 
 
 class Federation(Strategy):
@@ -62,107 +66,113 @@ class Federation(Strategy):
         self.supernodes = supernodes
         self.timeout_s = timeout_s
         self.cost = Cost()
-        self.loss = float("nan")  # example-weighted mean loss of the last round's local steps
+        self.loss = float("nan")  # weighted mean loss of the last round's steps
+        self._orders: Packed = []
+        self._take: Callable[[Message], None] = lambda message: None
+        self._slowest_s = 0.0
         self._evaluation: tuple[Sequence[int], int] = ((), 0)
         self._tables: NDArray[np.float64] | None = None
 
+    # --- what a round is ----------------------------------------------------------------------------
+
+    @abstractmethod
     def train_round(self, grid: Grid, number: int) -> Cost:
         """Run round ``number`` (1-based) and return its cost."""
-        self.cost = Cost()
-        messages = self.configure_train(number, self._arrays(), ConfigRecord(), grid)
-        self.aggregate_train(number, _in_order(grid, messages, self.timeout_s))
-        return self.cost
+
+    @abstractmethod
+    def evaluation_order(self, rows: list[int], chunks: list[int], antennas: int) -> EvaluateOrder:
+        """Return the order that scores these (model, chunk) pairs."""
+
+    @abstractmethod
+    def state(self) -> dict[str, NDArray[np.generic]]:
+        """Return the arrays from which a killed run continues after a round."""
+
+    @abstractmethod
+    def load(self, state: dict[str, NDArray[np.generic]]) -> None:
+        """Continue from the arrays of an earlier round."""
 
     def evaluate(self, grid: Grid, chunks: Sequence[int], antennas: int) -> NDArray[np.float64]:
         """Score every current model on the evaluation chunks: (models, users, columns), chunk by chunk."""
         self.cost = Cost()
         self._evaluation = (chunks, antennas)
-        messages = self.configure_evaluate(0, self._arrays(), ConfigRecord(), grid)
+        messages = self.configure_evaluate(0, ArrayRecord(), ConfigRecord(), grid)
         self.aggregate_evaluate(0, _in_order(grid, messages, self.timeout_s))
         assert self._tables is not None
         return self._tables
+
+    def ask(self, grid: Grid, number: int, orders: Packed, kind: type[R], take: Callable[[R], None]) -> None:
+        """Send orders and ``take`` the reports in the order of sending; failures are named and left out."""
+        self._orders, self._slowest_s = orders, 0.0
+        self._take = lambda message: take(self._charged(decode(message.content, kind)))
+        started = time.monotonic()
+        messages = self.configure_train(number, ArrayRecord(), ConfigRecord(), grid)
+        self.aggregate_train(number, _in_order(grid, messages, self.timeout_s))
+        self.cost.exchanges += 1
+        self.cost.exchange_s += time.monotonic() - started
+        self.cost.waited_s += self._slowest_s
+
+    def slices(self, grid: Grid, items: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Cut ``items`` slots into contiguous slices, one for each SuperNode."""
+        nodes = wait_for_nodes(grid, self.supernodes, self.timeout_s)
+        cut = np.array_split(np.arange(items), min(len(nodes), items)) if items else []
+        yield from zip(nodes, cut, strict=False)
+
+    def failed(self, reason: str) -> None:
+        """Count a failure, and say it."""
+        log(WARNING, "%s", reason)
+        self.cost.failures.append(reason)
 
     # --- Flower's interface -------------------------------------------------------------------------
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Pack this round's devices into one message a SuperNode."""
-        models, rows = self.algorithm.models(), self.algorithm.rows()
-        self.cost.bytes_down += len(rows) * payload_bytes(models[0])
-        for node, slots in self._packed(grid, len(self.devices)):
-            used, local = np.unique([rows[slot] for slot in slots], return_inverse=True)
-            record = TrainOrder(
-                cell=self.cell,
-                round=server_round,
-                devices=[self.devices[slot] for slot in slots],
-                rows=local.tolist(),
-                vectors=models[used],
-            )
-            yield order(record, node, "train", str(server_round))
+        """Turn the orders of this exchange into messages, one a SuperNode."""
+        return [order(record, node, "train", str(server_round)) for node, record in self._orders]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Fold the devices' vectors in slot order, then step. Devices that failed are named and left out."""
-        loss = weight = 0.0
+        """Take what was answered, in the order of sending."""
         for message in replies:
             if message.has_error():
-                self._failed(f"round {server_round}: {message.error.reason}")
+                self.failed(f"round {server_round}: {message.error.reason}")
                 continue
-            report = decode(message.content, TrainReport)
-            self.cost.client(report.cpu_s, report.peak_rss_bytes)
-            for device, vector, w, x in zip(
-                report.devices, report.vectors, report.weights, report.losses, strict=True
-            ):
-                self.cost.bytes_up += payload_bytes(vector)
-                if not np.isfinite(vector).all():
-                    self._failed(f"round {server_round}: device {device} sent a vector that is not finite")
-                    continue
-                self.algorithm.fold(device, vector, w)
-                loss, weight = loss + w * x, weight + w
-        if weight == 0.0:
-            raise RuntimeError(f"no device finished round {server_round}: {'; '.join(self.cost.failures)}")
-        self.algorithm.step()
-        self.loss = loss / weight
-        return self._arrays(), MetricRecord({"loss": self.loss, "failures": len(self.cost.failures)})
+            try:
+                self._take(message)
+            except ValueError as error:  # a reply that cannot be read is a reply that did not come
+                self.failed(f"round {server_round}: {error}")
+        return None, MetricRecord({"failures": len(self.cost.failures)})
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Spread (model, chunk) pairs over the SuperNodes; a message carries only the models it needs."""
         chunks, antennas = self._evaluation
-        models = self.algorithm.models()
-        pairs = [(row, chunk) for row in range(len(models)) for chunk in chunks]
-        for node, slots in self._packed(grid, len(pairs)):
-            used, local = np.unique([pairs[slot][0] for slot in slots], return_inverse=True)
-            record = EvaluateOrder(
-                cell=self.cell,
-                antennas=antennas,
-                rows=local.tolist(),
-                chunks=[pairs[slot][1] for slot in slots],
-                vectors=models[used],
-            )
+        pairs = [(row, chunk) for row in range(len(self.algorithm.scored())) for chunk in chunks]
+        for node, slots in self.slices(grid, len(pairs)):
+            rows = [pairs[slot][0] for slot in slots]
+            record = self.evaluation_order(rows, [pairs[slot][1] for slot in slots], antennas)
             yield order(record, node, "evaluate", "evaluate")
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Stack the tables of sums, models first; an evaluation is whole or it is an error."""
-        tables, answered = [], 0
+        tables: list[NDArray[np.float64]] = []  # of each pair: (owners, users, columns)
         for message in replies:
             if message.has_error():
                 raise RuntimeError(f"an evaluation failed: {message.error.reason}")
-            report = decode(message.content, EvaluateReport)
-            self.cost.client(report.cpu_s, report.peak_rss_bytes)
-            tables.append(report.table)
-            answered += len(report.chunks)
-        asked = len(self.algorithm.models()) * len(self._evaluation[0])
-        if answered != asked:
+            report = self._charged(decode(message.content, EvaluateReport))
+            tables += np.split(report.table, np.cumsum(report.users)[:-1], axis=1)
+        models, chunks = len(self.algorithm.scored()), len(self._evaluation[0])
+        if len(tables) != models * chunks:
             raise RuntimeError(
-                f"only {answered} of {asked} evaluation chunks came back within"
+                f"only {len(tables)} of {models * chunks} evaluation chunks came back within"
                 f" federation.timeout-s = {self.timeout_s:g}"
             )
-        stacked = np.concatenate(tables)  # (models x users, columns)
-        self._tables = stacked.reshape(len(self.algorithm.models()), -1, stacked.shape[1])
+        of_models = [
+            np.concatenate(tables[row * chunks : (row + 1) * chunks], axis=1) for row in range(models)
+        ]
+        self._tables = np.concatenate(of_models)  # (models x owners, all users, columns)
         return None
 
     def summary(self) -> None:
@@ -170,20 +180,12 @@ class Federation(Strategy):
         log(INFO, "\t├──> Rule: %s", type(self.algorithm).__name__)
         log(INFO, "\t└──> Devices: %d on %d SuperNodes", len(self.devices), self.supernodes)
 
-    # --- helpers ------------------------------------------------------------------------------------
-
-    def _arrays(self) -> ArrayRecord:
-        return ArrayRecord([self.algorithm.models()])
-
-    def _packed(self, grid: Grid, items: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """Cut ``items`` slots into contiguous slices, one for each SuperNode."""
-        nodes = wait_for_nodes(grid, self.supernodes, self.timeout_s)
-        slices = np.array_split(np.arange(items), min(len(nodes), items))
-        yield from zip(nodes, slices, strict=False)
-
-    def _failed(self, reason: str) -> None:
-        log(WARNING, "%s", reason)
-        self.cost.failures.append(reason)
+    def _charged(self, report: R) -> R:
+        """Add one SuperNode's share."""
+        self._slowest_s = max(self._slowest_s, report.cpu_s)
+        self.cost.cpu_s += report.cpu_s
+        self.cost.peak_rss_bytes = max(self.cost.peak_rss_bytes, report.peak_rss_bytes)
+        return report
 
 
 def wait_for_nodes(grid: Grid, expected: int, timeout_s: float) -> list[int]:

@@ -15,6 +15,12 @@ settings.register_profile("fedlam", deadline=None, derandomize=True)
 settings.load_profile("fedlam")
 
 
+@pytest.fixture(autouse=True)
+def devices(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A memory of its own for the devices of every test."""
+    monkeypatch.setenv("FEDLAM_DEVICES", str(tmp_path_factory.mktemp("devices")))
+
+
 @pytest.fixture
 def shared_data() -> Path:
     """The folder of measured channels, or a skip that says how to get it."""

@@ -1,15 +1,18 @@
-"""What crosses the wire: four typed messages, and the only codec between them and Flower's records.
+"""What crosses the wire: typed messages, and the only codec between them and Flower's records.
 
-    server -> SuperNode   TrainOrder, EvaluateOrder     SuperNode -> server   TrainReport, EvaluateReport
+    server -> SuperNode   TrainOrder, SplitOrder, ModulesOrder, EvaluateOrder
+    SuperNode -> server   TrainReport, SplitReport, ModulesReport, EvaluateReport
 
 A SuperNode is a worker and a device is an integer: one message carries the work of several devices,
-in slot order. NumPy arrays become one ``ArrayRecord``, everything else one ``ConfigRecord``. The
-payload of a device is its row of ``vectors``; channels, labels and frozen weights have no field here,
-so they cannot travel.
+in slot order. NumPy arrays become one ``ArrayRecord``, everything else one ``ConfigRecord``. What belongs to
+one device is its slice of ``vectors`` or of ``payload`` (``sizes`` says where it ends); channels, labels,
+tokens and frozen weights have no field here, so they cannot travel. The parts of a split payload are in
+``split_payload.py``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -17,18 +20,31 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from numpy.typing import NDArray
 
-SCHEMA = 1  # raise it whenever a field changes its meaning
+SCHEMA = 2  # raise it whenever a field changes its meaning
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOrder:
-    """Train these devices: device ``devices[i]`` starts from ``vectors[rows[i]]``."""
+    """Train these devices: device ``devices[i]`` starts from vector ``rows[i]``."""
 
     cell: str  # the overrides of the run's configuration that define this experiment, as JSON
     round: int  # 1-based
     devices: list[int]
     rows: list[int]
-    vectors: NDArray[np.float32]  # (m, p)
+    ranks: list[int]  # LoRA rank of each device; 0: no LoRA
+    known: list[int]  # the last round of each device that the server has heard of; 0: none
+    trains: str  # parts: 'a', 'b', 'other', joined by '+'
+    returns: str
+    keeps: str
+    proximal: float
+    probe: bool  # hand in the first gradient's factors instead of training
+    compact: bool  # the vectors are Fed-SB's, to be expanded with the basis among the entries
+    vectors: NDArray[np.float32]  # (sum of sizes,)
+    sizes: list[int]
+    kinds: list[str]  # entries to keep from now on, the first of them number ``first``
+    entry_ranks: list[int]
+    first: int
+    entries: NDArray[np.float32]  # one after the other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,18 +56,72 @@ class TrainReport:
     losses: list[float]  # mean loss of the local steps, linear
     cpu_s: float
     peak_rss_bytes: int
-    vectors: NDArray[np.float32]  # (n, p)
+    vectors: NDArray[np.float32]  # (sum of sizes,)
+    sizes: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitOrder:
+    """One exchange of the split: what comes down, and what is asked for; step 0 is none."""
+
+    cell: str
+    devices: list[int]
+    shown: list[int]  # the step whose representations are in the payload
+    graded: list[int]  # the step whose gradients of the embedding are in the payload
+    wanted: list[int]  # the step whose embeddings shall come up
+    known: list[int]  # version of each device's own state that the server's last word from it made; 0: none
+    payload: NDArray[np.uint8]  # (sum of sizes,), each slice a ``Downlink``
+    sizes: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitReport:
+    """The devices' answer; who is missing has vanished."""
+
+    devices: list[int]
+    weights: list[float]  # of each batch that was shown; 0 where none was
+    losses: list[float]
+    cpu_s: float
+    peak_rss_bytes: int
+    payload: NDArray[np.uint8]  # (sum of sizes,), each slice an ``Uplink``
+    sizes: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModulesOrder:
+    """Hand in the device's modules, to be averaged (``split.heads = "averaged"`` alone)."""
+
+    cell: str
+    devices: list[int]
+    known: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModulesReport:
+    """Embedding and head of each device as it trained them: the one message that carries them."""
+
+    devices: list[int]
+    cpu_s: float
+    peak_rss_bytes: int
+    vectors: NDArray[np.floating]  # (n, q)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOrder:
-    """Evaluate model ``rows[i]`` on evaluation chunk ``chunks[i]``."""
+    """Evaluate model ``rows[i]`` on evaluation chunk ``chunks[i]``, an instrument outside the protocol."""
 
     cell: str
     antennas: int  # antennas a user that are scored; 0 is all
     rows: list[int]
     chunks: list[int]
-    vectors: NDArray[np.float32]  # (m, p)
+    keeps: str  # the part that each owner has of its own: 'b', or 'modules' of a split; '' is none
+    owners: list[int]  # devices that are scored in turn, each with its own part; empty: the vector as it is
+    known: list[int]  # version of each owner's memory
+    vectors: NDArray[np.floating]  # (m, p)
+    kinds: list[str]
+    entry_ranks: list[int]
+    first: int
+    entries: NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +133,13 @@ class EvaluateReport:
     users: list[int]  # users in each chunk: how ``table`` is cut
     cpu_s: float
     peak_rss_bytes: int
-    table: NDArray[np.float64]  # (sum of users, columns)
+    table: NDArray[np.float64]  # (owners or 1, sum of users, columns)
 
 
-Record = TrainOrder | TrainReport | EvaluateOrder | EvaluateReport
-R = TypeVar("R", TrainOrder, TrainReport, EvaluateOrder, EvaluateReport)
+Order = TrainOrder | SplitOrder | ModulesOrder | EvaluateOrder
+Report = TrainReport | SplitReport | ModulesReport | EvaluateReport
+Record = Order | Report
+R = TypeVar("R", bound=Record)
 
 
 def encode(record: Record) -> RecordDict:
@@ -92,9 +164,27 @@ def decode(content: RecordDict, kind: type[R]) -> R:
     return kind(**values)
 
 
-def payload_bytes(vector: NDArray[np.float32]) -> int:
-    """Return the serialised length of one device's vector (p,) [bytes]: what its radio link carries."""
+def kind_of(content: RecordDict) -> str:
+    """Return the name of the record in a message."""
+    return str(content.config_records["config"]["type"])
+
+
+def payload_bytes(vector: NDArray[np.generic]) -> int:
+    """Return the serialised length of one device's vector or payload [bytes]: what its radio link carries."""
     return len(Array(vector).data)
+
+
+def join(parts: Iterable[NDArray[Any]], dtype: Any) -> tuple[NDArray[Any], list[int]]:
+    """Return arrays (n_i,) as one (sum,) and their lengths; :func:`cut` takes them apart."""
+    parts = list(parts)
+    return np.concatenate([*parts, np.zeros(0, dtype)]).astype(dtype, copy=False), [len(p) for p in parts]
+
+
+def cut(joined: NDArray[Any], sizes: list[int]) -> list[NDArray[Any]]:
+    """Return the arrays that :func:`join` joined; sizes that do not fit raise ``ValueError``."""
+    if sum(sizes) != len(joined) or min(sizes, default=0) < 0:
+        raise ValueError(f"an array of {len(joined)} values cannot be cut into {sizes}")
+    return np.split(joined, np.cumsum(sizes)[:-1]) if sizes else []
 
 
 def order(record: Record, node: int, action: str, group: str) -> Message:

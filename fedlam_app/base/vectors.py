@@ -20,8 +20,8 @@ Vector = NDArray[np.float32]  # (p,)
 
 
 def pack(parameters: Iterable[Tensor]) -> Vector:
-    """Copy parameters, in their order, into one float32 vector of shape (p,)."""
-    flat = [p.detach().cpu().numpy().ravel().astype(np.float32, copy=False) for p in parameters]
+    """Copy parameters, in their order, into one vector of shape (p,): float32, or float64 if they are."""
+    flat = [p.detach().cpu().numpy().ravel() for p in parameters]
     return np.concatenate(flat) if flat else np.zeros(0, np.float32)
 
 
@@ -56,12 +56,13 @@ class WeightedMean:
         """Fold one vector of shape (p,) with a non-negative weight."""
         if not weight >= 0.0:
             raise ValueError(f"a weight must be a non-negative number, got {weight}")
+        self._dtype = vector.dtype
         term = weight * vector.astype(np.float64)
         self._total = term if self._total is None else np.add(self._total, term, out=self._total)
         self.weight += weight
 
     def value(self) -> Vector:
-        """Return the mean (p,) as float32; without any weight there is none, and that is an error."""
+        """Return the mean (p,) as what came; without any weight there is none, and that is an error."""
         if self._total is None or self.weight == 0.0:
             raise ValueError("the mean of no vectors is undefined: every reply was missing or empty")
-        return (self._total / self.weight).astype(np.float32)
+        return (self._total / self.weight).astype(self._dtype)

@@ -44,7 +44,7 @@ class TrainConfig(Table):
     """LoRA ranks of the device profiles, comma-separated; device k has the k-th, in turns. Empty:
     ``model.rank`` for all. The largest must be ``model.rank``."""
     proximal_mu: Annotated[float, Field(ge=0)]
-    """FedProx's mu, on what a device trains: ``strategy = "fedprox"``, or the device's modules of a split."""
+    """FedProx's mu (``strategy = "fedprox"``)."""
     evaluate_every: Positive
     """Rounds between two evaluations; the last round is always evaluated."""
     evaluate_antennas: Positive

@@ -26,9 +26,11 @@ class SplitConfig(Table):
     and half of the exchanges; 0 is never."""
     cache: bool
     """Whether the server keeps embeddings that cannot change, so that each goes up once."""
-    tokens_at_once: Positive
-    """Tokens of one pass of the backbone: more devices than that holds are worked off in groups, one exchange
-    each, so that the server's memory does not grow with their number."""
+    kept_tokens: Natural
+    """Tokens whose graph waits on the server for their Jacobians; those of further devices are computed
+    again, so that memory does not grow with the devices of a step."""
+    proximal_mu: Annotated[float, Field(ge=0)]
+    """FedProx's mu on the device's modules, towards their last average; 0 is none."""
     device_blocks: Natural
     """Backbone blocks that stay on the device, with their adapters (SplitLoRA has 3 of 12); 0 is the paper's
     cut. More than 0 trains them there, so nothing can be cached."""

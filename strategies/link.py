@@ -1,0 +1,160 @@
+"""The edge server's end of the links: what has come from each device, what lacks, and how it is coded.
+
+Embeddings that cannot change are kept for ever and asked for once; those of an embedding that trains, or of
+batches that are never seen twice, are kept for one step. Representations go down in the wire's format, as
+they are or as their change since the sample's last visit (``wire.delta``), which both ends remember as it was
+decoded. Jacobians are checked as they come.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedlam_app.base import sparse
+from fedlam_app.base.split_payload import Uplink, position, to_integers
+from fedlam_app.base.wire import FORMATS
+from fedlam_app.config import RunConfig
+from fedlam_app.models.backbones import POSITIONS
+from fedlam_app.models.split import SplitModel, Tokens
+from fedlam_app.tasks.base import Task
+from strategies.embeddings import Embeddings
+
+Ids = NDArray[np.int64]
+Seen = dict[tuple[int, int], NDArray[Any]]  # by (device, sample)
+
+
+@dataclass
+class Errand:
+    """What one device gets in an exchange, and what it is asked for; step 0 is none."""
+
+    shown: int = 0
+    graded: int = 0
+    wanted: int = 0
+    representations: bytes = b""
+    rows: int = 0  # of its representations
+    gradients: bytes = b""
+    missing: bytes = b""
+
+
+@dataclass
+class Answer:
+    """What came back of what was shown."""
+
+    jacobians: NDArray[Any]  # (R_k, D)
+    weight: float
+    loss: float
+
+
+class Link:
+    """All devices' links of one experiment."""
+
+    def __init__(self, config: RunConfig, task: Task, model: SplitModel) -> None:
+        self.config, self.task = config, task
+        self.width = int(model.backbone.width)  # type: ignore[arg-type]
+        self._like = next(model.backbone.parameters())
+        self._embedding_trains = any(p.requires_grad for p in model.embedding.parameters())
+        table = partial(_look_up, model) if config.wire.embedding == "token-ids" else None
+        # A text has as many positions as the backbone keeps for it; channels have fewer than its default.
+        longest = POSITIONS if task.selection == "all" else config.text.max_tokens
+        self._embeddings = Embeddings(config.wire.embedding, self.width, task.selection, longest, table)
+        self._fresh: dict[int, tuple[int, Ids]] = {}  # batches that came for one step only
+        self._seen: Seen = {}  # representations as devices last decoded them
+
+    # --- embeddings ---------------------------------------------------------------------------------
+
+    def trains(self, step: int) -> bool:
+        """Whether the embedding still trains at a step."""
+        after = self.config.split.freeze_embedding_after
+        return self._embedding_trains and (after == 0 or step <= after * self.config.train.local_steps)
+
+    def has_batch(self, device: int, step: int) -> bool:
+        """Whether a device has anything to do at a step."""
+        ids = self._planned(device, step)
+        return ids is None or len(ids) > 0
+
+    def lacks(self, device: int, step: int) -> bytes | None:
+        """Return the ids to ask for (empty: the whole batch), or ``None`` where all is here."""
+        ids = self._planned(device, step)
+        if ids is None or self._for_once(step):
+            here = device in self._fresh and self._fresh[device][0] == step
+            return None if here else b"" if ids is None else to_integers(ids, "<u4")
+        lacking = self._embeddings.lacking(device, ids)
+        return to_integers(lacking, "<u4") if len(lacking) else None
+
+    def keep(self, device: int, step: int, up: Uplink) -> None:
+        """Keep the embeddings that were asked for; ``ValueError`` where something else came."""
+        ids = self._planned(device, step)
+        if ids is None or self._for_once(step):
+            ids = np.arange(self.config.train.batch_rows) if ids is None else ids
+            self._embeddings.take(device, ids, up)
+            self._fresh[device] = step, ids
+        else:
+            self._embeddings.take(device, self._embeddings.lacking(device, ids), up)
+
+    def ids(self, device: int, step: int) -> Ids:
+        """Return under which ids the samples of a batch that is here are kept."""
+        ids = self._planned(device, step)
+        return self._fresh[device][1] if ids is None or self._for_once(step) else ids
+
+    def tokens(self, samples: list[tuple[int, int]]) -> Tokens:
+        """Return samples (device, id) as one batch for the backbone."""
+        return self._embeddings.tokens(samples, self._like)
+
+    def forget(self, step: int) -> None:
+        """Drop what was kept for steps up to this one."""
+        self._fresh = {k: batch for k, batch in self._fresh.items() if batch[0] > step}
+
+    # --- representations and Jacobians ----------------------------------------------------------------
+
+    def coded(self, device: int, rows: NDArray[Any], ids: Ids, counts: Ids) -> tuple[bytes, Seen]:
+        """Return representations (R_k, D) as bytes, and what the device will have seen of each sample."""
+        form = FORMATS[self.config.wire.representation]
+        if not self.config.wire.delta:
+            return form.encode(rows), {}
+        keys, cuts = [(device, i) for i in ids.tolist()], np.cumsum(counts)[:-1]
+        parts = zip(keys, np.split(rows, cuts), strict=True)
+        former = np.concatenate([self._seen.get(key, np.zeros_like(part)) for key, part in parts])
+        data = form.encode(rows - former)
+        decoded = former + form.decode(data, *rows.shape)
+        return data, dict(zip(keys, np.split(decoded, cuts), strict=True))
+
+    def saw(self, seen: Seen) -> None:
+        """Note what a device that answered has decoded; one that did not has rolled back."""
+        self._seen.update(seen)
+
+    def gradients(self, rows: NDArray[Any]) -> bytes:
+        """Return dL/dE (N_k, D) as bytes."""
+        return FORMATS[self.config.wire.representation].encode(rows)
+
+    def jacobians(self, up: Uplink, rows: int) -> NDArray[Any]:
+        """Return a device's Jacobians (R_k, D); ``ValueError`` where they are not what was asked for."""
+        wire = self.config.wire
+        if wire.jacobian == "top-k":
+            found: NDArray[Any] = sparse.decode(up.jacobians, rows, self.width, wire.top_k)
+        else:
+            found = FORMATS[wire.jacobian].decode(up.jacobians, rows, self.width)
+        if not np.isfinite(found).all():
+            raise ValueError("its Jacobians are not finite")
+        return found
+
+    # --- helpers ------------------------------------------------------------------------------------
+
+    def _planned(self, device: int, step: int) -> Ids | None:
+        return self.task.ids(device, *position(step, self.config.train.local_steps))
+
+    def _for_once(self, step: int) -> bool:
+        return self.trains(step) or not self.config.split.cache
+
+
+def _look_up(model: SplitModel, ids: Ids) -> NDArray[Any]:
+    """Return the vectors of token ids (N, D), by the embedding's own frozen table."""
+    table = model.embedding.table  # type: ignore[union-attr]
+    if ids.max(initial=0) >= len(table.weight):  # type: ignore[union-attr,arg-type]
+        raise ValueError(f"token {ids.max()} is not in a vocabulary of {len(table.weight)}")  # type: ignore
+    return np.asarray(table(torch.from_numpy(ids)).detach().cpu().numpy())  # type: ignore[operator]

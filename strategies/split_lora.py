@@ -1,0 +1,297 @@
+"""The split round (FedFT): embedding and head on the devices, the large model once, on the edge server.
+
+One exchange makes one step t, of which a round has ``train.local-steps``:
+
+    server   R_k = pool(f(E_k; W, A, B))    one pass over the tokens of all devices of the step
+      down   R_k, by unicast, to device k
+    device   J_k = dl_k/dR_k                its loss, its labels, its head: none of them leaves it
+        up   J_k, and the embeddings of batch t + 1 that the server lacks
+    server   g_k = (dR_k/d(A, B))^T J_k     every device's LoRA gradient, from one backward pass
+             (A, B) <- rule(g_1, ..., g_K)  ``strategies/fedsgd_lora.py`` and its relatives
+
+Where the embedding trains (the CSI front end), nothing can be cached: dL/dE goes down after the pass, and the
+next batch is embedded after that, so a step takes two exchanges. A device that vanishes costs its share: the
+weights of those that answered are renormalised by the rule, and its memory goes on from the last word that
+came through. Source: the system of "Federated Fine-Tuning for Pre-Trained Foundation Models Over Wireless
+Networks", arXiv:2407.02924, whose text gives no pseudocode: the protocol is ours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedlam_app.base.records import (
+    EvaluateOrder,
+    ModulesOrder,
+    ModulesReport,
+    SplitOrder,
+    SplitReport,
+    cut,
+    join,
+    payload_bytes,
+)
+from fedlam_app.base.split_payload import Downlink, Uplink, from_bytes, to_bytes, version
+from fedlam_app.config import RunConfig
+from fedlam_app.models.batched import BatchedBackbone
+from fedlam_app.models.split import SplitModel, Tokens, rows_of
+from fedlam_app.tasks.base import Task
+from strategies.algorithm import Algorithm
+from strategies.base import OWNERS, Cost, Federation, Grid
+from strategies.link import Answer, Errand, Link
+from strategies.modules import Modules
+
+
+class SplitFederation(Federation):
+    """Runs a rule of gradient space."""
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        cell: str,
+        devices: Sequence[int],
+        config: RunConfig,
+        task: Task,
+        model: SplitModel,
+    ) -> None:
+        where = config.federation
+        super().__init__(algorithm, cell, devices, where.supernodes, where.timeout_s)
+        self.config = config
+        self.backbone = BatchedBackbone(model.backbone)
+        self.link = Link(config, task, model)
+        self.modules = Modules(model, config.split.heads == "averaged")
+        self.known: dict[int, int] = {}  # version of each device's memory that its last word made
+        self.graded: dict[int, Errand] = {}  # gradients of embeddings, on their way down
+
+    def train_round(self, grid: Grid, number: int) -> Cost:
+        """Run round ``number`` (1-based) and return its cost."""
+        self.cost, self._loss, self._weight = Cost(), 0.0, 0.0
+        steps = self.config.train.local_steps
+        for step in range((number - 1) * steps + 1, number * steps + 1):
+            self._step(grid, step)
+        if self.graded:
+            self._exchange(grid, number * steps, self.graded)
+        if self._weight == 0.0:
+            why = "; ".join(dict.fromkeys(self.cost.failures)) or "every device vanished"
+            raise RuntimeError(f"no device finished round {number}: {why}")
+        if self.modules.averaged and number % self.config.split.average_every == 0:
+            self._average(grid, number)
+        self.loss = self._loss / self._weight
+        return self.cost
+
+    # --- a step -------------------------------------------------------------------------------------
+
+    def _step(self, grid: Grid, step: int) -> None:
+        """Take one server step: gather what lacks, show, collect Jacobians, fold."""
+        cohort = [k for k in self.algorithm.cohort(step) if self.link.has_batch(k, step)]
+        errands = self.graded | {}
+        for k in cohort:
+            if (missing := self.link.lacks(k, step)) is not None:
+                errand = errands.get(k, Errand())
+                errands[k] = Errand(
+                    graded=errand.graded, gradients=errand.gradients, wanted=step, missing=missing
+                )
+        if errands:
+            self._exchange(grid, step, errands)
+        present = [k for k in cohort if self.link.lacks(k, step) is None]
+        groups = [[k] for k in present] if self.algorithm.sequential else [present]
+        for group in groups:
+            if group:
+                self._pass(grid, step, group, self._ahead(step) if group is groups[-1] else {})
+        self.algorithm.step()
+        self.link.forget(step)
+
+    def _pass(self, grid: Grid, step: int, group: list[int], ahead: dict[int, Errand]) -> None:
+        """Run the backbone forward for a group of devices, exchange, run it backward, and fold."""
+        ids = [self.link.ids(k, step) for k in group]
+        ends = np.cumsum([len(own) for own in ids])[:-1]  # where each device's samples end
+        tokens = self.link.tokens([(k, i) for k, own in zip(group, ids, strict=True) for i in own.tolist()])
+        shown = self._forward(group, tokens, [len(own) for own in ids])  # (R, D)
+        counts = np.split(rows_of(tokens).cpu().numpy(), ends)  # rows of each sample
+        parts = np.split(shown, np.cumsum([own.sum() for own in counts])[:-1])  # (R_k, D)
+
+        errands, seen = dict(ahead), {}
+        for k, part, own, each in zip(group, parts, ids, counts, strict=True):
+            data, seen[k] = self.link.coded(k, part, own, each)
+            next_one = ahead.get(k, Errand())
+            errands[k] = Errand(
+                shown=step,
+                representations=data,
+                rows=len(part),
+                wanted=next_one.wanted,
+                missing=next_one.missing,
+            )
+        answers = self._exchange(grid, step, errands)
+
+        jacobians = [
+            answers[k].jacobians if k in answers else np.zeros_like(part)
+            for k, part in zip(group, parts, strict=True)
+        ]
+        gradients, into_tokens = self._backward(np.concatenate(jacobians), self.link.trains(step))
+        lengths = [own.sum() for own in np.split(tokens.lengths.cpu().numpy(), ends)]
+        into = [None] * len(group) if into_tokens is None else np.split(into_tokens, np.cumsum(lengths)[:-1])
+        for k, gradient, rows in zip(group, gradients, into, strict=True):
+            if k in answers:
+                answer = answers[k]
+                self.link.saw(seen[k])
+                self.algorithm.fold(k, gradient, answer.weight)
+                self.modules.worked(k, answer.weight)
+                self._loss += answer.weight * answer.loss
+                self._weight += answer.weight
+                if rows is not None:
+                    self.graded[k] = Errand(graded=step, gradients=self.link.gradients(rows))
+
+    def _forward(self, group: list[int], tokens: Tokens, samples: list[int]) -> NDArray[Any]:
+        """Return the representations (R, D) of all devices, each by its own version of the adapters."""
+        began = time.process_time()
+        models, rows = self.algorithm.models(), self.algorithm.rows(group)
+        shown = self.backbone.forward(models, rows, tokens, np.repeat(np.arange(len(group)), samples))
+        self.cost.server_cpu_s += time.process_time() - began
+        return np.asarray(shown.cpu().numpy())
+
+    def _backward(
+        self, jacobians: NDArray[Any], want_tokens: bool
+    ) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        """Return every device's gradient (K, p) and, where the embedding trains, dL/dE (N, D)."""
+        began = time.process_time()
+        gradients, into = self.backbone.backward(torch.from_numpy(jacobians), want_tokens)
+        self.cost.server_cpu_s += time.process_time() - began
+        return gradients, None if into is None else into.cpu().numpy()
+
+    def _ahead(self, step: int) -> dict[int, Errand]:
+        """Return what the next step will lack, to be asked for along with this one's Jacobians."""
+        train = self.config.train
+        last = train.rounds * train.local_steps
+        if not self.algorithm.foresees or self.link.trains(step + 1) or step == last:
+            return {}
+        cohort = [k for k in self.algorithm.cohort(step + 1) if self.link.has_batch(k, step + 1)]
+        lacks = {k: self.link.lacks(k, step + 1) for k in cohort}
+        return {k: Errand(wanted=step + 1, missing=ids) for k, ids in lacks.items() if ids is not None}
+
+    # --- an exchange --------------------------------------------------------------------------------
+
+    def _exchange(self, grid: Grid, step: int, errands: dict[int, Errand]) -> dict[int, Answer]:
+        """Send each device on its errand; returns what was answered well to what was shown."""
+        devices, answers = sorted(errands), dict[int, Answer]()
+        slices = [
+            (node, [devices[slot] for slot in slots]) for node, slots in self.slices(grid, len(devices))
+        ]
+        orders = [(node, self._order(own, errands)) for node, own in slices]
+
+        def take(report: SplitReport) -> None:
+            self.cost.bytes_up += payload_bytes(report.payload)
+            payloads = cut(report.payload, report.sizes)
+            for k, payload, weight, loss in zip(
+                report.devices, payloads, report.weights, report.losses, strict=True
+            ):
+                try:
+                    answer = self._read(errands[k], k, from_bytes(payload, Uplink), weight, loss)
+                except (KeyError, ValueError) as error:
+                    self.failed(f"step {step}: device {k} was left out: {error}")
+                    continue
+                if answer is not None:
+                    answers[k] = answer
+                if errands[k].shown or errands[k].graded:  # else it has only embedded, and kept nothing
+                    self.known[k] = version(errands[k].shown, errands[k].graded)
+                    self.modules.told(k)
+
+        self.ask(grid, step, orders, SplitReport, take)
+        if not any(errand.shown for errand in errands.values()):
+            self.graded = {}
+        return answers
+
+    def _order(self, devices: list[int], errands: dict[int, Errand]) -> SplitOrder:
+        """Pack the errands of one SuperNode's devices."""
+        downlinks = [
+            Downlink(
+                representations=errands[k].representations,
+                gradients=errands[k].gradients,
+                missing=errands[k].missing,
+                modules=self.modules.news(k),
+            )
+            for k in devices
+        ]
+        payload, sizes = join([to_bytes(down) for down in downlinks], np.uint8)
+        self.cost.bytes_down += payload_bytes(payload)
+        return SplitOrder(
+            cell=self.cell,
+            devices=devices,
+            shown=[errands[k].shown for k in devices],
+            graded=[errands[k].graded for k in devices],
+            wanted=[errands[k].wanted for k in devices],
+            known=[self.known.get(k, 0) for k in devices],
+            payload=payload,
+            sizes=sizes,
+        )
+
+    def _read(self, errand: Errand, device: int, up: Uplink, weight: float, loss: float) -> Answer | None:
+        """Take in what a device sent; ``ValueError`` where it is not what was asked for."""
+        answer = None
+        if errand.shown:
+            if not 0.0 < weight < float("inf"):
+                raise ValueError(f"its weight must be a positive number, got {weight}")
+            if not -float("inf") < loss < float("inf"):
+                raise ValueError(f"its loss must be a finite number, got {loss}")
+            answer = Answer(self.link.jacobians(up, errand.rows), weight, loss)
+        if errand.wanted:
+            self.link.keep(device, errand.wanted, up)
+        return answer
+
+    def _average(self, grid: Grid, number: int) -> None:
+        """Average the modules of the devices that worked since the last time."""
+        devices = [k for k in self.devices if self.modules.share(k) > 0.0]
+        orders = []
+        for node, slots in self.slices(grid, len(devices)):
+            own = [devices[slot] for slot in slots]
+            known = [self.known.get(k, 0) for k in own]
+            orders.append((node, ModulesOrder(cell=self.cell, devices=own, known=known)))
+
+        def take(report: ModulesReport) -> None:
+            for k, vector in zip(report.devices, report.vectors, strict=True):
+                self.cost.bytes_up += payload_bytes(vector)
+                if not self.modules.fold(k, vector):
+                    self.failed(f"round {number}: device {k} sent modules of another size, or not finite")
+
+        self.ask(grid, number, orders, ModulesReport, take)
+        self.modules.step()
+
+    # --- evaluation and resumption ------------------------------------------------------------------
+
+    def evaluation_order(self, rows: list[int], chunks: list[int], antennas: int) -> EvaluateOrder:
+        """Return the order that scores these pairs; personal modules are scored on their devices."""
+        owners = [k for k in self.devices if k in self.known][:OWNERS] if self.modules.personal else []
+        used, local = np.unique(rows, return_inverse=True)
+        return EvaluateOrder(
+            cell=self.cell,
+            antennas=antennas,
+            rows=local.tolist(),
+            chunks=chunks,
+            keeps="modules" if owners else "",
+            owners=owners,
+            known=[self.known[k] for k in owners],
+            vectors=np.stack([self.modules.whole(vector) for vector in self.algorithm.scored()[used]]),
+            kinds=[],
+            entry_ranks=[],
+            first=0,
+            entries=np.zeros(0, np.float32),
+        )
+
+    def state(self) -> dict[str, NDArray[np.generic]]:
+        """Return the rule's arrays, the modules' and every device's version; not the embeddings.
+
+        A resumed run asks for embeddings again, and counts their bytes again: they are spent again.
+        """
+        known = np.array([self.known.get(k, 0) for k in self.devices], np.int64)
+        return {**self.algorithm.state(), **self.modules.state(self.devices), "federation.known": known}
+
+    def load(self, state: dict[str, NDArray[np.generic]]) -> None:
+        """Continue from the arrays of an earlier round."""
+        known = state.pop("federation.known")
+        self.known = {k: int(v) for k, v in zip(self.devices, known, strict=True) if v}
+        self.modules.load(state, self.devices)
+        self.algorithm.load(state)
