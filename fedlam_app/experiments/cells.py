@@ -2,7 +2,8 @@
 
 The case study of "Edge Large AI Models" (arXiv:2505.00321): LLM4CP federated over 1, 2, 5 and 10 edge
 servers with 5 % of the data each, beside the same model and small networks trained alone on a shard,
-the pooled upper bound, and classical predictors that need no training.
+the pooled upper bound, and classical predictors that need no training. The job ``compare`` puts strategies
+of any one task beside each other, and beside that task's classical names.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from fedlam_app.config import RunConfig, Scalar
 class Cell:
     """One experiment: ``overrides`` on the run's configuration, or a classical predictor by name."""
 
-    name: str  # 'fed-10', 'gru-local', 'central', 'ar'; unique within a seed
+    name: str  # 'fed-10', 'gru-local', 'central', 'fedit', 'ar'; unique within a seed
     label: str  # for tables and legends
     seed: int
     overrides: dict[str, Scalar] = field(default_factory=dict)
@@ -31,10 +32,25 @@ class Cell:
 def cells_of(config: RunConfig) -> list[Cell]:
     """Return the cells of the configured job, in the order in which they run."""
     if config.job == "train":
-        label = f"{config.model.name}, {config.strategy}, {config.train.devices} servers"
-        return [Cell(config.strategy, label, config.seed)]
+        return [Cell(config.strategy, _train_label(config), config.seed)]
+    if config.job == "compare":
+        compare = config.compare
+        return [_strategy(name, seed) for seed in compare.seeds for name in compare.strategies]
     study = config.case_study
     return [cell for seed in study.seeds for cell in _of_seed(config, seed)]
+
+
+def _train_label(config: RunConfig) -> str:
+    if config.task == "channel-prediction":
+        return f"{config.model.name}, {config.strategy}, {config.train.devices} servers"
+    return f"{config.strategy}, {config.train.devices} devices"
+
+
+def _strategy(name: str, seed: int) -> Cell:
+    """A row of the comparison: a strategy on the run's own task and devices, or a classical name."""
+    if name in CLASSICAL_LABELS:
+        return Cell(name, CLASSICAL_LABELS[name], seed, {"seed": seed}, classical=name)
+    return Cell(name, name, seed, {"seed": seed, "strategy": name})
 
 
 def _of_seed(config: RunConfig, seed: int) -> list[Cell]:
@@ -94,4 +110,6 @@ CLASSICAL_LABELS = {
     "pad": "PAD (Prony, angle-delay)",
     "ridge": "Ridge on history and AR(10)",
     "wiener-ar": "Wiener denoising + AR",
+    "majority": "Majority class",
+    "linear-probe": "Linear probe on frozen features",
 }

@@ -1,7 +1,7 @@
 """How a run's figures look: one colour and one line a cell, the same in every figure.
 
 Colours are Okabe and Ito's (2008), told apart by every kind of colour vision; federated curves share one hue
-that deepens with the number of servers.
+that deepens with the number of servers. Strategies beyond those colours take spare ones, and then dashes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ _BLUES = ("#a6cde8", "#62a8d6", "#2a7fba", "#0b4a7a")
 _INK, _GRID = "#22272e", "#dfe3e8"
 _COLOURS = {
     "central": "#009E73",
+    "local": "#56308f",
     "llm4cp-local": "#56308f",
     "gru-local": "#E69F00",
     "rnn-local": "#D55E00",
@@ -28,9 +29,13 @@ _COLOURS = {
     "pad": "#a9714b",
     "wiener-ar": "#222222",
     "repeat-last": "#b9c0c8",
+    "linear-probe": "#5b6570",
+    "majority": "#b9c0c8",
 }
-_SPARE = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56308f")
-_STYLES = {"llm4cp-local": (0, (5, 1.5)), "central": (0, (1.2, 1.2))}
+_SPARE = ("#0072B2", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#8c6d1f", "#b0413e", "#7fa31c")
+_ALONE = (0, (5, 1.5))
+_STYLES = {"llm4cp-local": _ALONE, "local": _ALONE, "central": (0, (1.2, 1.2))}
+_LAPS: tuple[Any, ...] = ("-", (0, (7, 2, 1.5, 2)), (0, (2.5, 1.5)))
 
 FEDERATED = _BLUES[-1]
 
@@ -41,14 +46,14 @@ def colour_of(cell: str, among: Sequence[str]) -> str:
     if cell in federated:
         depth = (federated.index(cell) + 1) / len(federated)
         return _BLUES[max(0, round(depth * len(_BLUES)) - 1)]
-    unknown = [other for other in among if other not in _COLOURS and not FED.match(other)]
-    return _COLOURS.get(cell) or _SPARE[unknown.index(cell) % len(_SPARE)]
+    return _COLOURS.get(cell) or _SPARE[_place(cell, among) % len(_SPARE)]
 
 
 def line(cell: str, among: Sequence[str]) -> dict[str, Any]:
     """Return matplotlib's keywords of a cell's line."""
     thick = 2.2 if FED.match(cell) else 1.7
-    return {"color": colour_of(cell, among), "linewidth": thick, "linestyle": dash(cell, "-")}
+    usual = _LAPS[_place(cell, among) // len(_SPARE) % len(_LAPS)]
+    return {"color": colour_of(cell, among), "linewidth": thick, "linestyle": dash(cell, usual)}
 
 
 def dash(cell: str, usual: str) -> Any:
@@ -80,3 +85,9 @@ def style() -> dict[Any, Any]:
         "figure.facecolor": "white",
         "savefig.facecolor": "white",
     }
+
+
+def _place(cell: str, among: Sequence[str]) -> int:
+    """Which of the cells without a colour of their own this one is; 0 for the others."""
+    unknown = [other for other in among if other not in _COLOURS and not FED.match(other)]
+    return unknown.index(cell) if cell in unknown else 0

@@ -1,6 +1,6 @@
 """``report.html``: one file that needs no network, rebuilt at any time from the run's folder.
 
-Headline sentences, the final table with the strongest classical predictor marked and what loses to it, the
+Headline sentences, the final table with the strongest classical row marked and what loses to it, the
 plots (inline PNG), the resolved configuration, versions and machine.
 """
 
@@ -16,27 +16,34 @@ from typing import Any
 
 from fedlam_app.base.store import atomic_file
 from fedlam_app.config import defaults
-from fedlam_app.experiments import track
+from fedlam_app.experiments import track, views
 from fedlam_app.experiments.plots import write_plots
 from fedlam_app.experiments.summary import (
     Row,
     cells_of_row,
+    columns_of,
     final_table,
     headlines,
     loses,
     rows_of,
     strongest_classical,
 )
+from fedlam_app.experiments.views import View
 
 __all__ = ["Run", "final_table", "page", "read_run", "write_report"]
 
 PLOTS = "plots"
 CAPTIONS = {
-    "loss": "Loss and NMSE against the round. Bands are the range over seeds; dashed levels do not train.",
+    "loss": "Loss and {noun} against the round. Bands are the range over seeds; dashed levels do not train.",
+    "uplink": "Held-out {noun} against what all devices have sent up by then. Dashed levels: the last {noun}"
+    " of what is not federated.",
+    "seconds": "Held-out {noun} against the virtual time of the devices' clock. Dashed levels: the last"
+    " {noun} of what runs without that clock.",
     "servers": "Final held-out NMSE against the number of edge servers, each with its own shard.",
     "speed": "Final held-out NMSE against the users' speed.",
     "horizon": "Final held-out NMSE of each predicted slot.",
 }
+_ON_ITS_WAY = "No cell has finished yet: what follows is a run on its way."
 
 
 @dataclass(frozen=True)
@@ -71,18 +78,19 @@ def write_report(folder: Path) -> Path:
 def page(run: Run, plots: Iterable[Path]) -> str:
     """Return the report as one self-contained HTML document."""
     rows = rows_of(run.records)
+    view = views.of_records(run.records)
     config = run.about.get("config", {})
-    study = config.get("job") == "case-study"
-    title = "Federated LLM4CP: the case study" if study else f"{config.get('model.name', 'Run')}"
-    said = headlines(rows) or ["No cell has finished yet: what follows is a run on its way."]
-    figures = "".join(_figure(path) for path in plots)
+    title = _title(config, view)
+    none = f"No cell has a held-out {view.noun}." if rows else _ON_ITS_WAY
+    said = headlines(rows) or [none]
+    figures = "".join(_figure(path, view) for path in plots)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{_(title)}</title><style>{_CSS}</style></head><body><main>
-<header><h1>{_(title)}</h1><p class="sub">{_(_subtitle(config))}</p></header>
+<header><h1>{_(title)}</h1><p class="sub">{_(_subtitle(config, view))}</p></header>
 <section><ul class="said">{"".join(f"<li>{_(line)}</li>" for line in said)}</ul></section>
-<section><h2>Final results, held-out users</h2>{_results(rows)}</section>
+<section><h2>Final results, {_(view.held_out.lower())}</h2>{_results(rows)}</section>
 <section><h2>Figures</h2>{figures}</section>
 <section><h2>Configuration</h2>{_configuration(config)}</section>
 <section><h2>Versions and machine</h2>{_about(run.about)}</section>
@@ -90,14 +98,25 @@ def page(run: Run, plots: Iterable[Path]) -> str:
 """
 
 
-def _subtitle(config: Mapping[str, Any]) -> str:
-    get = config.get
+def _title(config: Mapping[str, Any], view: View) -> str:
+    if config.get("job") == "compare":
+        return f"{view.title}: strategies compared"
+    if view is not views.CHANNELS:
+        return view.title
+    study = config.get("job") == "case-study"
+    return "Federated LLM4CP: the case study" if study else f"{config.get('model.name', 'Run')}"
+
+
+def _subtitle(config: Mapping[str, Any], view: View) -> str:
+    get, (data, source) = config.get, view.source
+    table = {"case-study": "case-study.seeds", "compare": "compare.seeds"}
     parts = [
-        f"{get('data.scenario')} ({get('data.duplex')})" if get("data.source") == "sionna" else "",
-        f"channels: {get('data.source')}",
+        f"{get('data.scenario')} ({get('data.duplex')})" if get(source) == "sionna" else "",
+        f"{data}: {get(source)}",
         f"backbone: {get('model.backbone')}, {get('model.tuning')}",
+        f"{get('train.devices')} devices" if get("job") == "compare" else "",
         f"{get('train.rounds')} rounds of {get('train.local-steps')} steps",
-        f"seeds: {get('case-study.seeds') if get('job') == 'case-study' else get('seed')}",
+        f"seeds: {get(table.get(str(get('job')), 'seed'))}",
     ]
     return " · ".join(part for part in parts if part)
 
@@ -105,19 +124,8 @@ def _subtitle(config: Mapping[str, Any]) -> str:
 def _results(rows: Sequence[Row]) -> str:
     if not rows:
         return "<p>None yet.</p>"
-    classical = strongest_classical(rows)
-    heads = (
-        "NMSE clean",
-        "NMSE noisy",
-        "NMSE per user",
-        "global loss",
-        "spectral eff.",
-        "trains",
-        "up",
-        "CPU",
-    )
-    units = ("dB", "dB", "dB", "dB", "bit/s/Hz", "%", "MB", "s")
-    head = "".join(f"<th>{name}<small>{unit}</small></th>" for name, unit in zip(heads, units, strict=True))
+    classical, columns = strongest_classical(rows), columns_of(rows)
+    head = "".join(f"<th>{column.name}<small>{column.unit}</small></th>" for column in columns)
     body = []
     for row in rows:
         mark, kind = "", ""
@@ -125,7 +133,7 @@ def _results(rows: Sequence[Row]) -> str:
             mark, kind = ' <span class="tag best">strongest classical</span>', ' class="classical"'
         elif loses(row, classical):
             mark, kind = ' <span class="tag loss">behind it</span>', ' class="behind"'
-        figures = "".join(f"<td>{_(text)}</td>" for text in cells_of_row(row))
+        figures = "".join(f"<td>{_(text)}</td>" for text in cells_of_row(row, columns))
         body.append(f"<tr{kind}><th>{_(row.label)}{mark}</th>{figures}</tr>")
     table = f"<table class='results'><tr><th></th>{head}</tr>{''.join(body)}</table>"
     return f"<div class='wide'>{table}</div><p class='note'>{_(_verdict(rows, classical))}</p>"
@@ -134,16 +142,19 @@ def _results(rows: Sequence[Row]) -> str:
 def _verdict(rows: Sequence[Row], classical: Row | None) -> str:
     spread = "± is half the range over seeds. " if any(row.seeds > 1 for row in rows) else ""
     if classical is None:
-        return f"{spread}No classical predictor was run."
+        return f"{spread}No classical {rows[0].view.learner} was run."
     behind = [row.label for row in rows if loses(row, classical)]
     if not behind:
-        return f"{spread}Every learned predictor is ahead of {classical.label}."
+        ahead = all(row.error < classical.error for row in rows if not row.classical)
+        who = f"learned {classical.view.learner} is"
+        verdict = f"Every {who} ahead of" if ahead else f"No {who} behind"
+        return f"{spread}{verdict} {classical.label}."
     return f"{spread}Behind {classical.label}: {', '.join(behind)}."
 
 
-def _figure(path: Path) -> str:
+def _figure(path: Path, view: View) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
-    caption = _(CAPTIONS.get(path.stem, path.stem))
+    caption = _(CAPTIONS[path.stem].format(noun=view.noun))
     image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 

@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 
 from fedlam_app.base.registry import pick
-from fedlam_app.base.vectors import pack
 from fedlam_app.config import RunConfig, Scalar, parse
+from fedlam_app.experiments import views
 from fedlam_app.experiments.cells import Cell
+from fedlam_app.experiments.federate import federate
 from fedlam_app.experiments.progress import Progress
 from fedlam_app.experiments.track import RunFolder
 from fedlam_app.tasks import TASKS
 from fedlam_app.tasks.base import Task
-from strategies import ALGORITHMS
 from strategies.base import Cost, Federation, Grid
 
 ALL_ANTENNAS = 0
@@ -61,6 +61,8 @@ class Totals:
 
     wall_s: float = 0.0
     cpu_s: float = 0.0
+    server_cpu_s: float = 0.0
+    failures: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
     peak_rss_bytes: int = 0
@@ -69,6 +71,8 @@ class Totals:
         """Add a round or an evaluation."""
         self.wall_s += wall_s
         self.cpu_s += cost.cpu_s
+        self.server_cpu_s += cost.server_cpu_s
+        self.failures += len(cost.failures)
         self.bytes_up += cost.bytes_up
         self.bytes_down += cost.bytes_down
         self.peak_rss_bytes = max(self.peak_rss_bytes, cost.peak_rss_bytes)
@@ -111,12 +115,8 @@ class _Run:
         config = self.config
         with self.lock:  # torch's generator is one for all threads: two models built at once would mix draws
             model = self.task.build_model()
-        devices = [0] if config.strategy == "central" else list(range(config.train.devices))
-        algorithm = pick(ALGORITHMS, config.strategy, "strategy")()
-        algorithm.init(pack(model.trainable().values()), devices)
-        cell = json.dumps(self.cell.overrides, sort_keys=True)
-        supernodes, timeout_s = config.federation.supernodes, config.federation.timeout_s
-        federation = Federation(algorithm, cell, devices, supernodes, timeout_s)
+        share = model.trainable_share()
+        federation = federate(config, json.dumps(self.cell.overrides, sort_keys=True), self.task, model)
         done = self._resume(federation)
         self.progress.advance(max(done, 0) * self.device_rounds)
         if done < 0:
@@ -130,42 +130,43 @@ class _Run:
             last = round == config.train.rounds
             if last or round % config.train.evaluate_every == 0:
                 scores = self._evaluate(federation, last)
-                own = {"own_loss": federation.loss, "failures": len(cost.failures)}
-                share = {"kind": "final", "trainable_share": model.trainable_share()} if last else {}
-                self._record(round, {**scores, **own, **share})
+                seconds = federation.algorithm.seconds()
+                own = {"own_loss": federation.loss, "failures": self.totals.failures, "seconds": seconds}
+                final = {"kind": "final", "trainable_share": share} if last else {}
+                self._record(round, {**scores, **own, **final})
             self._save(federation, round)
 
     def _evaluate(self, federation: Federation, last: bool) -> dict[str, Any]:
         """Score the current models: the global loss over all shards, and the held-out users."""
-        models = len(federation.algorithm.models())
+        models = len(federation.algorithm.scored())
         some = self.config.train.evaluate_antennas
         # All antennas give the spectral efficiency too; one model a device would make that dear.
         antennas = {"train": some, "test": ALL_ANTENNAS if last and models == 1 else some}
-        scores: list[dict[str, Any]] = [{} for _ in range(models)]
+        scores: list[dict[str, Any]] = []
         for split, count in antennas.items():
             started = time.monotonic()
             tables = federation.evaluate(self.grid, self.task.chunks(split), count)
             self.totals.charge(federation.cost, time.monotonic() - started)
+            scores = scores or [{} for _ in tables]
             for score, table in zip(scores, tables, strict=True):
                 score.update(self.task.metrics(split, table))
-        if models == 1:
+        if len(scores) == 1:
             return scores[0]
-        each = {f"{key}_each": [score[key] for score in scores] for key in ("train_loss_db", "nmse_clean_db")}
-        return {**_mean(scores), **each}
+        keys = views.mean_keys(self.config.task)
+        return {**_mean(scores), **{f"{key}_each": [score[key] for score in scores] for key in keys}}
 
     def _record(self, round: int, scores: Mapping[str, Any]) -> None:
         cell = self.cell
         record = {"key": cell.key, "cell": cell.name, "label": cell.label, "seed": cell.seed, "round": round}
+        record |= {"task": self.config.task}
         with self.lock:
             self.folder.append_metrics({**record, **scores, **asdict(self.totals)})
-        self.say(
-            f"[{self.progress.text()}] {cell.label}, seed {cell.seed}: round {round}, global loss"
-            f" {scores['train_loss_db']:.2f} dB, held-out NMSE {scores['nmse_clean_db']:.2f} dB (clean)"
-        )
+        said = views.line(self.config.task, scores)
+        self.say(f"[{self.progress.text()}] {cell.label}, seed {cell.seed}: round {round}, {said}")
 
     def _save(self, federation: Federation, round: int) -> None:
-        arrays = {"models": federation.algorithm.models()}
-        self.folder.save_state(self.cell.key, arrays, {"round": round, "totals": asdict(self.totals)})
+        meta = {"round": round, "totals": asdict(self.totals)}
+        self.folder.save_state(self.cell.key, federation.state(), meta)
 
     def _resume(self, federation: Federation) -> int:
         """Load the last saved round and forget records after it; -1 where there is none."""
@@ -173,7 +174,7 @@ class _Run:
         round = -1
         if state is not None:
             arrays, meta = state
-            federation.algorithm.load(arrays["models"].astype(np.float32))
+            federation.load(arrays)
             round, self.totals = int(meta["round"]), Totals(**meta["totals"])
         with self.lock:
             self.folder.drop_after(self.cell.key, round)

@@ -97,7 +97,7 @@ class RunFolder:
 
         path = self.path / STATE / f"{name}.safetensors"
         with atomic_file(path) as temporary:
-            whole = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
+            whole = {key: np.asarray(array, order="C") for key, array in arrays.items()}
             save_file(whole, temporary, metadata={"meta": json.dumps(_plain(meta))})
         return path
 

@@ -1,0 +1,37 @@
+"""The federation that a configuration asks for: its rule, in the round of the rule's family."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+
+from fedlam_app.base.registry import pick
+from fedlam_app.base.vectors import pack
+from fedlam_app.config import RunConfig
+from fedlam_app.models.factors import layout_of
+from fedlam_app.models.split import SplitModel
+from fedlam_app.tasks.base import Task
+from strategies import ALGORITHMS
+from strategies.adapter_round import AdapterFederation
+from strategies.base import Federation
+
+
+def federate(config: RunConfig, cell: str, task: Task, model: SplitModel) -> Federation:
+    """Return the federation of one experiment; ``cell`` is the JSON of its overrides.
+
+    In gradient space the model's backbone is the edge server's, from now on: pass one of its own.
+    """
+    algorithm = pick(ALGORITHMS, config.strategy, "strategy")(config)
+    devices = [0] if config.strategy == "central" else list(range(config.train.devices))
+    scale = config.model.alpha / config.model.rank
+    if algorithm.space == "adapter":
+        algorithm.init(pack(model.trainable().values()).astype(np.float32), devices, layout_of(model, scale))
+        where = config.federation
+        return AdapterFederation(algorithm, cell, devices, where.supernodes, where.timeout_s)
+    from strategies.split_lora import SplitFederation
+
+    torch.set_num_threads(config.federation.server_threads or os.cpu_count() or 1)
+    algorithm.init(pack(model.server_side().values()), devices, layout_of(model.backbone, scale))
+    return SplitFederation(algorithm, cell, devices, config, task, model)
