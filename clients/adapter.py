@@ -51,7 +51,19 @@ class Worker:
         self._applied = 0  # entries that the resident model has taken in
         self._basis: NDArray[np.float32] | None = None
 
-    def train(self, order: TrainOrder, place: int) -> tuple[Vector, float]:
+    def train(self, vector: Vector, device: int, round: int) -> tuple[Vector, float]:
+        """Return a device's vector (p,) after its local steps from ``vector``, and their mean loss."""
+        unpack(vector, self.parameters)
+        loss = self._steps(device, round, "a+b+other", 0.0)
+        return pack(self.parameters), loss
+
+    def evaluate(self, vector: Vector, chunk: int, antennas: int) -> NDArray[np.float64]:
+        """Return the task's sums a user of one evaluation chunk, (users, columns)."""
+        unpack(vector, self.parameters)
+        self.model.eval()
+        return self.task.evaluate(self.model, chunk, antennas)
+
+    def obey(self, order: TrainOrder, place: int) -> tuple[Vector, float]:
         """Return what the ``place``-th device of an order hands in, and the mean loss of its local steps."""
         device, round = order.devices[place], order.round
         self.bring(order.first, order.kinds, order.entry_ranks, order.entries)
@@ -73,22 +85,21 @@ class Worker:
         if own.any():
             self.memory.save(device, round, {"kept": vector[own]}, parent=order.known[place])
         sent_back = vector[has & self.layout.part(order.returns)]
-        return tampered(self.config, device, sent_back), loss  # type: ignore[return-value]
+        return tampered(self.config, device, sent_back), loss
 
-    def evaluate(self, order: EvaluateOrder, place: int) -> NDArray[np.float64]:
+    def score(self, order: EvaluateOrder, place: int) -> NDArray[np.float64]:
         """Return the task's sums of the ``place``-th pair of an order, (owners or 1, users, columns)."""
         self.bring(order.first, order.kinds, order.entry_ranks, order.entries)
         vector = order.vectors[order.rows[place]]
         if self._basis is not None and len(vector) != self.layout.size:
             vector = expand(vector, self._basis, self.layout)
-        self.model.eval()
         tables = []
         # Owners that differ in their heads alone share one pass of the backbone.
         shared = order.keeps == "modules" and not any(name.startswith("embedding.") for name in self.named)
-        with _remembered(self.model.backbone) if shared else nullcontext():
+        with _remembered(self.model.backbone) if shared else nullcontext(lambda: None) as again:
             for owned in self._owned(vector, order):
-                unpack(owned, self.parameters)
-                tables.append(self.task.evaluate(self.model, order.chunks[place], order.antennas))
+                tables.append(self.evaluate(owned, order.chunks[place], order.antennas))
+                again()
         return np.stack(tables)
 
     def _owned(self, vector: Vector, order: EvaluateOrder) -> Iterator[Vector]:
@@ -149,7 +160,7 @@ class Worker:
             before_step=compact.pull,
             after_step=compact.push,
         )
-        return tampered(self.config, device, compact.vector()), loss  # type: ignore[return-value]
+        return tampered(self.config, device, compact.vector()), loss
 
     def _losses(self, device: int, round: int) -> Callable[[int], torch.Tensor | None]:
         """Return the loss of a local step; ``None`` where its batch is empty."""
@@ -180,18 +191,25 @@ def _replaced(vector: Vector, own: NDArray[np.bool_], kept: NDArray[np.generic] 
 
 
 @contextmanager
-def _remembered(backbone: nn.Module) -> Iterator[None]:
-    """Let a backbone answer the first call and repeat that answer: every call has the same tokens."""
+def _remembered(backbone: nn.Module) -> Iterator[Callable[[], None]]:
+    """Let a backbone repeat its answers from the first on, whenever the yielded function was called."""
     answers: list[torch.Tensor] = []
+    place = 0
 
     def forward(tokens: object) -> torch.Tensor:
-        if not answers:
+        nonlocal place
+        if place == len(answers):
             answers.append(type(backbone).forward(backbone, tokens))
-        return answers[0]
+        place += 1
+        return answers[place - 1]
 
-    backbone.forward = forward  # type: ignore[method-assign]
+    def again() -> None:
+        nonlocal place
+        place = 0
+
+    backbone.forward = forward
     try:
-        yield
+        yield again
     finally:
         del backbone.forward
 

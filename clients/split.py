@@ -75,7 +75,7 @@ class SplitDevice:
             memory["average"] = memory["kept"] = average
         if self.modules:
             own = memory.get("kept", self.worker.initial[self.worker.modules])
-            unpack(own, self.modules)  # type: ignore[arg-type]
+            unpack(own, self.modules)
         if graded:
             self._descend_embedding(device, graded, down.gradients)
         weight = loss = 0.0
@@ -102,7 +102,7 @@ class SplitDevice:
             self.worker.memory.load(k, v).get("kept", first)
             for k, v in zip(order.devices, order.known, strict=True)
         ]
-        return np.stack(kept)  # type: ignore[return-value]
+        return np.stack(kept)
 
     # --- the three parts of an exchange --------------------------------------------------------------
 
@@ -213,6 +213,6 @@ class SplitDevice:
             memory.get(f"owed.{i}", np.zeros_like(part))
             for i, part in zip(ids.tolist(), np.split(jacobian, ends), strict=True)
         ]
-        data, rest = sparse.with_feedback(jacobian, np.concatenate(owed), wire.top_k)  # type: ignore[arg-type]
+        data, rest = sparse.with_feedback(jacobian, np.concatenate(owed), wire.top_k)
         memory.update({f"owed.{i}": part for i, part in zip(ids.tolist(), np.split(rest, ends), strict=True)})
         return data

@@ -44,7 +44,7 @@ def run(
     ] = None,
 ) -> None:
     """Validate a configuration, run it through `flwr run`, and exit 1 if the run failed."""
-    from fedlam_app import launch
+    from fedlam_app import checks, launch
     from fedlam_app.config import ConfigError, Scalar
 
     flags: dict[str, Scalar] = {}
@@ -61,6 +61,8 @@ def run(
     except ConfigError as error:
         _refuse(str(error))
     typer.echo(f"results: {config.results}")
+    for line in checks.warnings(config):
+        typer.secho(f"warning: {line}", fg=typer.colors.YELLOW, err=True)
     if dry_run:
         typer.echo(launch.shown(command))
         return

@@ -61,7 +61,7 @@ def _train(content: RecordDict, base: str) -> TrainReport:
     worker = _worker(base, order.cell)
     started = time.process_time()
     here = [p for p, k in enumerate(order.devices) if not vanishes(worker.config, k, order.round)]
-    results = [worker.train(order, place) for place in here]
+    results = [worker.obey(order, place) for place in here]
     vectors, sizes = join([vector for vector, _ in results], np.float32)
     devices = [order.devices[place] for place in here]
     return TrainReport(
@@ -110,7 +110,7 @@ def _evaluate(content: RecordDict, base: str) -> EvaluateReport:
     order = decode(content, EvaluateOrder)
     worker = _worker(base, order.cell)
     started = time.process_time()
-    tables = [worker.evaluate(order, place) for place in range(len(order.rows))]
+    tables = [worker.score(order, place) for place in range(len(order.rows))]
     return EvaluateReport(
         rows=order.rows,
         chunks=order.chunks,

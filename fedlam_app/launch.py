@@ -23,11 +23,12 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from fedlam_app.base.registry import pick
+from fedlam_app import checks
 from fedlam_app.config import ConfigError, RunConfig, Scalar, defaults, flatten, parse, to_flat
 from fedlam_app.experiments import track
+from fedlam_app.rules import TEXT_SOURCES
 
-PATH_KEYS = ("results", "data.source", "data.test-source", "data.cache", "model.weights")
+PATH_KEYS = ("results", "data.source", "data.test-source", "data.cache", "model.weights", "text.source")
 NO_INSTALL = "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"
 _STARTED = re.compile(rb"Successfully started run (\d+)")
 _STATUS_WAIT_S = 60.0
@@ -63,14 +64,14 @@ def resolve(overrides: Mapping[str, Scalar]) -> RunConfig:
     flat = dict(overrides)
     for key in PATH_KEYS:
         value = flat.get(key, "")
-        if isinstance(value, str) and value and not (key == "data.source" and value == "sionna"):
+        if isinstance(value, str) and value and not _is_name(key, value):
             flat[key] = str(Path(value).expanduser().absolute())
     config = parse(flat)
     if not config.results:
         config = parse({**flat, "results": str(_next_folder(config.job, config.resume))})
     track.check(Path(config.results), config)
-    _check_names(config)
-    _check_files(config)
+    checks.check(config)
+    checks.check_files(config)
     return config
 
 
@@ -190,33 +191,14 @@ def _executable(name: str) -> str:
     return found
 
 
-def _check_names(config: RunConfig) -> None:
-    """Refuse what only the registries know: names in them, and a backbone whose weights are missing."""
-    from fedlam_app.models.backbones import locate
-    from fedlam_app.models.predictors import PREDICTORS
-    from fedlam_app.tasks import TASKS
-    from strategies import ALGORITHMS
-
-    try:
-        pick(TASKS, config.task, "task")
-        pick(ALGORITHMS, config.strategy, "strategy")
-        pick(PREDICTORS, config.model.name, "model.name")
-        if config.model.name.startswith("llm4cp"):
-            locate(config.model.backbone, config.model.weights)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def _check_files(config: RunConfig) -> None:
-    """Read the user's own channel files once, so that a damaged one is refused before Ray starts."""
-    if config.data.source == "sionna" and not config.data.test_source:
-        return
-    from fedlam_app.data.sources import check_files
-
-    try:
-        check_files(config.data, config.seed)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+def _is_name(key: str, value: str) -> bool:
+    """Whether a source is a name; for texts, a word that is no file may be a slip in one."""
+    if key == "data.source":
+        return value == "sionna"
+    if key != "text.source":
+        return False
+    slip = Path(value).name == value and not Path(value).suffix and not Path(value).expanduser().exists()
+    return value in TEXT_SOURCES or value.startswith("hub:") or slip
 
 
 def _next_folder(job: str, resume: bool) -> Path:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from logging import INFO
+from logging import INFO, WARNING
 
 from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
+from fedlam_app import checks
 from fedlam_app.base.registry import pick
 from fedlam_app.config import parse
 from fedlam_app.experiments.cells import cells_of
@@ -24,6 +25,9 @@ def main(grid: Grid, context: Context) -> None:
     """Run the configured job into its results folder."""
     base = dict(context.run_config)
     config = parse(base)
+    checks.check(config)
+    for line in checks.warnings(config):
+        log(WARNING, "%s", line)
     folder = RunFolder.open(config)
     log(INFO, "Results: %s", folder.path)
     cells = cells_of(config)

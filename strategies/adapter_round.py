@@ -52,9 +52,8 @@ class AdapterFederation(Federation):
 
         def take(report: TrainReport) -> None:
             parts = cut(report.vectors, report.sizes)
-            for k, vector, weight, loss in zip(
-                report.devices, parts, report.weights, report.losses, strict=True
-            ):
+            answers = zip(report.devices, parts, report.weights, report.losses, strict=True)
+            for k, vector, weight, loss in list(answers):  # all or none, where they are not as many
                 returned = masks[k] & (True if compact else self.layout.part(plan.returns))
                 full = starts[k] * masks[k]  # what a device of this rank has
                 self._fold(number, k, vector, full, returned, weight, loss)
@@ -120,7 +119,8 @@ class AdapterFederation(Federation):
         """Pack the devices of one SuperNode; devices that start alike share one vector."""
         sent = np.ones(1, bool) if compact else ~self.layout.part(plan.keeps)
         distinct: dict[bytes, int] = {}
-        rows, vectors = [], []
+        rows: list[int] = []
+        vectors: list[Vector] = []
         for k in devices:
             vector = starts[k][masks[k] & sent]
             row = distinct.setdefault(vector.tobytes(), len(vectors))

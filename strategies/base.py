@@ -25,8 +25,10 @@ from numpy.typing import NDArray
 from fedlam_app.base.records import (
     EvaluateOrder,
     EvaluateReport,
-    Order,
+    ModulesOrder,
     Report,
+    SplitOrder,
+    TrainOrder,
     decode,
     order,
 )
@@ -36,7 +38,7 @@ OWNERS = 10  # devices with a part of their own that an evaluation scores, the f
 PULL_INTERVAL_S = 0.01  # Flower's default of 0.1 s would quantise short rounds
 
 R = TypeVar("R", bound=Report)
-Packed = list[tuple[int, Order]]  # (SuperNode, what it shall do)
+Packed = Sequence[tuple[int, TrainOrder | SplitOrder | ModulesOrder]]  # (SuperNode, what it shall do)
 
 
 @dataclass
@@ -103,7 +105,19 @@ class Federation(Strategy):
     def ask(self, grid: Grid, number: int, orders: Packed, kind: type[R], take: Callable[[R], None]) -> None:
         """Send orders and ``take`` the reports in the order of sending; failures are named and left out."""
         self._orders, self._slowest_s = orders, 0.0
-        self._take = lambda message: take(self._charged(decode(message.content, kind)))
+        asked = {node: set(one.devices) for node, one in orders}
+
+        def read(message: Message) -> None:
+            report = decode(message.content, kind)
+            named: list[int] = report.devices  # type: ignore[union-attr]
+            mine = asked[message.metadata.src_node_id]
+            if len(set(named)) < len(named) or not mine.issuperset(named):
+                raise ValueError(
+                    f"a SuperNode answered for devices {named}, and was asked about {sorted(mine)}"
+                )
+            take(self._charged(report))
+
+        self._take = read
         started = time.monotonic()
         messages = self.configure_train(number, ArrayRecord(), ConfigRecord(), grid)
         self.aggregate_train(number, _in_order(grid, messages, self.timeout_s))
@@ -140,8 +154,8 @@ class Federation(Strategy):
                 continue
             try:
                 self._take(message)
-            except ValueError as error:  # a reply that cannot be read is a reply that did not come
-                self.failed(f"round {server_round}: {error}")
+            except Exception as error:  # whatever a SuperNode sends: one that cannot be read did not come
+                self.failed(f"round {server_round}: {type(error).__name__}: {error}")
         return None, MetricRecord({"failures": len(self.cost.failures)})
 
     def configure_evaluate(

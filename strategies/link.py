@@ -128,6 +128,23 @@ class Link:
         """Note what a device that answered has decoded; one that did not has rolled back."""
         self._seen.update(seen)
 
+    def state(self) -> dict[str, NDArray[np.generic]]:
+        """Return what a resumed run needs: devices remember what they have seen, so this end must too."""
+        if not self._seen:
+            return {}
+        places = [(device, i, len(rows)) for (device, i), rows in self._seen.items()]
+        return {
+            "link.seen": np.array(places, np.int64),
+            "link.rows": np.concatenate(list(self._seen.values())),
+        }
+
+    def load(self, state: dict[str, NDArray[np.generic]]) -> None:
+        """Continue from :meth:`state`."""
+        if "link.seen" in state:
+            places, rows = state.pop("link.seen"), state.pop("link.rows")
+            parts = np.split(rows, np.cumsum(places[:, 2].astype(np.int64))[:-1])
+            self._seen = {(int(k), int(i)): part for (k, i, _), part in zip(places, parts, strict=True)}
+
     def gradients(self, rows: NDArray[Any]) -> bytes:
         """Return dL/dE (N_k, D) as bytes."""
         return FORMATS[self.config.wire.representation].encode(rows)
@@ -154,7 +171,7 @@ class Link:
 
 def _look_up(model: SplitModel, ids: Ids) -> NDArray[Any]:
     """Return the vectors of token ids (N, D), by the embedding's own frozen table."""
-    table = model.embedding.table  # type: ignore[union-attr]
+    table = model.embedding.table
     if ids.max(initial=0) >= len(table.weight):  # type: ignore[union-attr,arg-type]
         raise ValueError(f"token {ids.max()} is not in a vocabulary of {len(table.weight)}")  # type: ignore
     return np.asarray(table(torch.from_numpy(ids)).detach().cpu().numpy())  # type: ignore[operator]

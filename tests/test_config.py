@@ -84,7 +84,8 @@ def test_a_configuration_is_frozen() -> None:
         config.data.users = 3  # type: ignore[misc]
 
 
-BAD = [
+TEXT: dict[str, Scalar] = {"job": "train", "task": "text-classification"}
+BAD: list[tuple[dict[str, Scalar], str]] = [
     ({"data.user": 3}, "unknown key 'data.user'; did you mean 'data.users'?"),
     (
         {"train.rounds": "three"},
@@ -105,7 +106,7 @@ BAD = [
     ({"strategy": ""}, "'strategy' = '' is not allowed: it must be text that is not empty"),
     (
         {"model.tuning": "lorra"},
-        "'model.tuning' = 'lorra' is not allowed: it must be 'lora' or 'ln'; did you mean 'lora'?",
+        "'model.tuning' = 'lorra' is not allowed: it must be 'lora', 'ln' or 'full'; did you mean 'lora'?",
     ),
     ({"data.scenario": "umo-nlos"}, "'data.scenario' = 'umo-nlos' is not allowed: it must be a comma list"),
     ({"data.scenario": "uma-nlos,uma-nlos"}, "'data.scenario' names uma-nlos twice"),
@@ -143,6 +144,45 @@ BAD = [
     ({"data.source": __file__}, "it must be an .npz file or a folder of .mat files"),
     ({"data.test-source": "/nowhere"}, "'data.test-source' = '/nowhere' does not exist"),
     ({"model.weights": "/nowhere"}, "'model.weights' = '/nowhere' does not exist"),
+    ({"compare.seeds": "1,2,1"}, "'compare.seeds' names 1 twice"),
+    ({"compare.strategies": "fedit,median,fedit"}, "'compare.strategies' names fedit twice"),
+    ({"job": "compare", "compare.strategies": ""}, "'compare.strategies' = '' is not allowed"),
+    ({"job": "compare", "compare.seeds": ""}, "'compare.seeds' = '' is not allowed"),
+    (
+        {"job": "train", "train.devices": 4, "train.cohort": 5},
+        "'train.cohort' = 5 must not be above 'train.devices' = 4",
+    ),
+    ({"model.blocks": 7}, "'model.blocks' = 7 is not allowed with 'model.backbone' = 'minilm', which has 6"),
+    ({"train.ranks": "2,4"}, "the largest must be 'model.rank', and is 4"),
+    ({"train.ranks": "2,16"}, "the largest must be 'model.rank', and is 16"),
+    ({"train.ranks": "0,8"}, "'train.ranks' = '0,8' is not allowed"),
+    ({"train.ranks": "4,8", "model.tuning": "ln"}, "is not allowed with 'model.tuning' = 'ln'"),
+    ({"train.ranks": "4,8", "model.name": "gru"}, "is not allowed with 'model.name' = 'gru'"),
+    ({"faults.attack": "nan"}, "'faults.attackers' = 0 is not allowed with 'faults.attack' = 'nan'"),
+    (
+        {"job": "train", "faults.attack": "nan", "faults.attackers": 11},
+        "'faults.attackers' = 11 is not allowed with 'faults.attack' = 'nan' and 'train.devices' = 10",
+    ),
+    ({"faults.attack": "nan", "faults.attackers": 2}, "and 'case-study.servers' = 1: it must be 1 to 1"),
+    (
+        {"model.precision": "float64"},
+        "with 'task' = 'channel-prediction', whose data are float32",
+    ),
+    (
+        {"split.heads": "frozen"},
+        "with 'task' = 'channel-prediction', whose head starts at zero",
+    ),
+    (
+        TEXT | {"text.source": "rotten-tomatos"},
+        "'text.source' = 'rotten-tomatos' is not allowed: it must be rotten-tomatoes, bbc-news,"
+        " hub:OWNER/NAME or an absolute path; did you mean 'rotten-tomatoes'?",
+    ),
+    (TEXT | {"text.source": "texts/mine.csv"}, "'text.source' = 'texts/mine.csv' is not allowed: it must be"),
+    (TEXT | {"text.source": "hub:"}, "'text.source' = 'hub:' is not allowed: it must be"),
+    (TEXT | {"text.source": "/nowhere.csv"}, "'text.source' = '/nowhere.csv' does not exist"),
+    (TEXT | {"text.pool": "first", "model.backbone": "random-gpt2"}, "'text.pool' = 'first' is not allowed"),
+    (TEXT | {"task": "language-modelling"}, "'model.backbone' = 'minilm' is not allowed with 'task'"),
+    (TEXT | {"model.backbone": "none", "model.name": "gru"}, "is not allowed with 'model.backbone' = 'none'"),
     ({"results": "runs/1"}, "'results' = 'runs/1' is not allowed: it must be an absolute path"),
     ({"results": __file__}, "is a file; it must be a folder"),
 ]
@@ -167,6 +207,35 @@ def test_what_a_job_does_not_use_is_not_held_against_it() -> None:
     halves = {"case-study.servers": "1,2", "data.share": 0.5, "data.shards": 2}
     assert parse(halves).train.devices > 2
     assert parse({"model.name": "gru", "model.backbone": "none"}).model.name == "gru"
+
+
+def test_a_text_task_ignores_channels_and_their_models() -> None:
+    channels: dict[str, Scalar] = {
+        "data.shards": 3,
+        "data.source": "/nowhere.npz",
+        "data.speed-min-kmh": 120.0,
+        "data.partition": "scenario",
+        "model.name": "gru",
+        "model.anchor": "ar",
+    }
+    assert parse(TEXT | channels | {"model.precision": "float64"}).train.devices == 10
+    language = {"task": "language-modelling", "model.backbone": "smollm2", "text.pool": "first"}
+    assert parse(TEXT | language | {"text.source": "hub:imdb"}).text.pool == "first"
+
+
+def test_the_rules_know_what_there_is() -> None:
+    from fedlam_app import rules
+    from fedlam_app.data.text import PACKAGES
+    from fedlam_app.models import backbones
+    from fedlam_app.tasks import TASKS
+
+    assert set(rules.TEXT_SOURCES) == set(PACKAGES)
+    assert set(rules.TEXT_TASKS) == set(TASKS) - {"channel-prediction"}
+    assert {*rules.CAUSAL, *rules.NOT_CAUSAL} >= set(backbones.NAMES)
+    assert set(rules.BLOCKS) >= set(backbones.NAMES) - {"none"}
+    for name in ("random", "random-gpt2"):  # those that need no weights
+        with pytest.raises(ValueError, match=f"1 to {rules.BLOCKS[name]} blocks"):
+            backbones.load(name, blocks=rules.BLOCKS[name] + 1)
 
 
 def test_identity_ignores_where_a_run_executes() -> None:

@@ -18,6 +18,8 @@ FLOORS = {
     "fedlam_app.base": 0,
     "fedlam_app.config": 0,
     "fedlam_app.rules": 0,
+    "fedlam_app.rules_split": 0,
+    "fedlam_app.tables": 0,
     "fedlam_app.models": 1,
     "fedlam_app.data": 1,
     "fedlam_app.wireless": 1,

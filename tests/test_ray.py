@@ -21,12 +21,12 @@ from fedlam_app.client_app import app
 from fedlam_app.config import Scalar, parse
 from fedlam_app.experiments.cells import cells_of
 from fedlam_app.experiments.run import run_cells
-from fedlam_app.experiments.track import RunFolder
+from fedlam_app.experiments.track import RunFolder, read_metrics
 from fedlam_app.grid import InProcessGrid
 from fedlam_app.models import backbones
 from fedlam_app.models.rows import Rows
 from fedlam_app.tasks.channel_prediction import ChannelPrediction
-from tests.tiny import tiny_run
+from tests.tiny import tiny_run, tiny_text_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -96,6 +96,43 @@ def _check_adapter(flat: dict[str, Scalar], adapter: Path, vector: np.ndarray) -
     with torch.no_grad():
         ours, theirs = trained.backbone(tokens), loaded(inputs_embeds=tokens).last_hidden_state
     torch.testing.assert_close(theirs, ours, rtol=0, atol=0)
+
+
+COMPARED = ("fedsgd-lora", "median", "fedbuff", "splitlora", "fedit", "flora", "fed-sb", "scaffold")
+
+
+def test_strategies_side_by_side_through_ray_equal_the_in_process_run_bit_for_bit(
+    flower: dict[str, str], tmp_path: Path
+) -> None:
+    results = tmp_path / "ray"
+    compared: dict[str, Scalar] = {
+        "job": "compare",
+        "compare.strategies": ",".join(COMPARED),
+        "compare.seeds": 7,
+        "fedbuff.buffer": 2,
+        "federation.server-threads": 1,
+    }
+    texts = tiny_text_run(tmp_path) | compared
+    code, output = fedlam_run(texts, results, flower)
+    assert code == 0, output
+
+    plain = {**texts, "results": str(tmp_path / "plain"), "federation.supernodes": 3}
+    folder = RunFolder.open(parse(plain))
+    run_cells(InProcessGrid(app, 3, plain), plain, cells_of(parse(plain)), folder, 1, lambda line: None)
+    finals = {
+        run: {record["cell"]: record for record in read_metrics(path) if record.get("kind") == "final"}
+        for run, path in (("ray", results), ("plain", folder.path))
+    }
+    assert set(finals["ray"]) == set(finals["plain"]) == set(COMPARED)
+    for name in COMPARED:
+        state = f"state/{name}-seed7.safetensors"
+        ours, theirs = load_file(results / state), load_file(folder.path / state)
+        assert set(ours) == set(theirs)
+        for key, array in ours.items():
+            np.testing.assert_array_equal(array, theirs[key], err_msg=f"{name}: {key}")
+        for key in ("accuracy", "loss", "train_loss", "own_loss", "failures", "seconds"):
+            assert finals["ray"][name][key] == finals["plain"][name][key], f"{name}: {key}"
+        assert finals["ray"][name]["failures"] == 0
 
 
 def test_a_damaged_file_is_refused_before_ray_starts(

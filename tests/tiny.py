@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,42 @@ def tiny_run(folder: Path, users: int = 36) -> dict[str, Scalar]:
         "train.evaluate-every": 2,
         "train.evaluate-antennas": 2,
     }
+
+
+def tiny_text_run(folder: Path, texts: int = 90) -> dict[str, Scalar]:
+    """Return overrides of a run on made texts: 4 devices, two rounds of two steps."""
+    return {
+        "job": "train",
+        "seed": 7,
+        "task": "text-classification",
+        "text.source": str(write_texts(folder / "texts.jsonl", texts)),
+        "text.train": 48,
+        "text.test": 16,
+        "text.max-tokens": 16,
+        "model.backbone": "random",
+        "model.blocks": 1,
+        "train.devices": 4,
+        "train.rounds": 2,
+        "train.local-steps": 2,
+        "train.batch-rows": 4,
+        "train.evaluate-every": 2,
+        "federation.server-threads": 1,
+    }
+
+
+def write_texts(path: Path, texts: int) -> Path:
+    """Write short texts of two classes that some of their words give away."""
+    draw = np.random.default_rng(texts)
+    told = {"bad": ["dull", "cold", "grim", "awful"], "good": ["fine", "warm", "bright", "lovely"]}
+    other = ["the", "a", "film", "plot", "of", "and", "very", "it", "was", "scene"]
+    lines = []
+    for number in range(texts):
+        label = ("bad", "good")[number % 2]
+        tells = draw.random(draw.integers(4, 10)) < 0.4
+        text = " ".join(draw.choice(told[label] if tell else other) for tell in tells)
+        lines.append(json.dumps({"text": text, "label": label}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
 
 
 def write_channels(path: Path, users: int) -> Path:

@@ -88,7 +88,7 @@ class Layout:
         key = f"rank {rank}"
         if key not in self._parts:
             mask = np.ones(self.size, bool)
-            for a, b in self.factors(mask):  # type: ignore[arg-type]
+            for a, b in self.factors(mask):
                 a[rank:] = False
                 b[:, rank:] = False
             self._parts[key] = mask

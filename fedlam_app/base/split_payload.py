@@ -57,10 +57,10 @@ def from_bytes(payload: NDArray[np.uint8], kind: type[P]) -> P:
     start = 4 * (len(names) - 1)
     if len(data) < start:
         raise ValueError(f"a payload of {len(data)} bytes is shorter than its head of {start}")
-    sizes = struct.unpack(f"<{len(names) - 1}I", data[:start])
+    sizes: tuple[int, ...] = struct.unpack(f"<{len(names) - 1}I", data[:start])
     if start + sum(sizes) > len(data):
         raise ValueError(f"a payload of {len(data)} bytes says that its parts have {start + sum(sizes)}")
-    values = {}
+    values: dict[str, bytes] = {}
     for name, size in zip(names, [*sizes, len(data) - start - sum(sizes)], strict=True):
         values[name] = data[start : start + size]
         start += size

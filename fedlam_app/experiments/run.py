@@ -62,6 +62,7 @@ class Totals:
     wall_s: float = 0.0
     cpu_s: float = 0.0
     server_cpu_s: float = 0.0
+    overhead_s: float = 0.0  # wall time of exchanges beyond the slowest SuperNode's work
     failures: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
@@ -72,6 +73,7 @@ class Totals:
         self.wall_s += wall_s
         self.cpu_s += cost.cpu_s
         self.server_cpu_s += cost.server_cpu_s
+        self.overhead_s += cost.exchange_s - cost.waited_s
         self.failures += len(cost.failures)
         self.bytes_up += cost.bytes_up
         self.bytes_down += cost.bytes_down

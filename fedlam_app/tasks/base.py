@@ -46,6 +46,9 @@ class Task(Protocol):
     def ids(self, device: int, round: int, step: int) -> NDArray[np.int64] | None:
         """Return which of its samples that batch holds, or ``None`` where no batch is ever seen twice."""
 
+    def of(self, device: int, ids: NDArray[np.int64]) -> Any:
+        """Return samples of a device by their ids as a batch; only tasks whose batches have ids have it."""
+
     def inputs(self, model: SplitModel, batch: Any) -> Any:
         """Return what the embedding takes, where the model lives."""
 

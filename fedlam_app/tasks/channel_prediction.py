@@ -15,7 +15,6 @@ one fixed draw of the training noise: the loss on a client's own shard rewards m
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -29,41 +28,16 @@ from fedlam_app.base.keys import rng
 from fedlam_app.base.registry import pick
 from fedlam_app.config import DataConfig, RunConfig
 from fedlam_app.data.channel_set import ChannelSet
-from fedlam_app.data.noise import add_noise
 from fedlam_app.data.partition import partition
 from fedlam_app.data.sources import load_splits
 from fedlam_app.models import classical, predictors, ridge
 from fedlam_app.models.rows import Rows
 from fedlam_app.models.split import SplitModel
 from fedlam_app.tasks.base import Cost, Selection
+from fedlam_app.tasks.observed import Complex, Index, Observed, Snr, observe
 
 USERS_PER_CHUNK = 20  # fixed, so that sums and BLAS shapes do not depend on how chunks are spread
 ARRAY = 16  # antennas of one 4x4 array and one polarisation, for the spectral efficiency
-
-Complex = NDArray[np.complex64]
-Index = NDArray[np.intp]
-Snr = tuple[NDArray[np.float64], NDArray[np.float64]]  # of history and of label, (U,) each [dB]
-
-# The forecast that an anchored model refines, from the noisy history (U, A, T, K) of a whole user.
-ANCHORS: dict[str, Callable[[Complex, int], Complex | None]] = {
-    "none": lambda history, slots: None,
-    "ar": lambda history, slots: classical.fb_ar(history, slots).astype(np.complex64),
-}
-
-
-@dataclass(frozen=True)
-class Observed:
-    """Users as their site sees them: noisy, in the site's own scale, with a forecast to start from."""
-
-    history: Complex  # (U, A, T, K) noisy, unit mean power
-    label: Complex  # (U, A, F, K) noisy, the same scale
-    clean: Complex  # (U, A, F, K) the same scale
-    anchor: Complex | None  # (U, A, F, K) forward-backward AR(10) forecast
-
-    def rows(self, users: Index, antennas: Index) -> tuple[Rows, Tensor]:
-        """Cut rows, one a (user, antenna) pair (n,): inputs, and noisy labels (n, F, K, 2)."""
-        anchor = None if self.anchor is None else _real(self.anchor[users, antennas])
-        return Rows(_real(self.history[users, antennas]), anchor), _real(self.label[users, antennas])
 
 
 class ChannelPrediction:
@@ -131,6 +105,9 @@ class ChannelPrediction:
 
     def ids(self, device: int, round: int, step: int) -> None:
         """No batch is seen twice: noise is drawn anew."""
+
+    def of(self, device: int, ids: NDArray[np.int64]) -> tuple[Rows, Tensor]:
+        raise ValueError("channel prediction draws its noise anew: no batch of it can be asked for by ids")
 
     def batch(self, device: int, round: int, step: int) -> tuple[Rows, Tensor]:
         """Draw users, antennas, SNR and noise of one local step, all keyed by (seed, device, round, step)."""
@@ -218,22 +195,6 @@ class ChannelPrediction:
         return Cost(2.0 * device * self.shape.history, 2.0 * server * tokens.shape[1], elements, elements)
 
 
-def observe(
-    channels: ChannelSet,
-    snr_db: Snr,
-    draw: np.random.Generator,
-    anchor: str,
-) -> Observed:
-    """Add noise at (history, label) SNRs [dB] a user, and scale each user by what its site can measure."""
-    history = add_noise(channels.history, snr_db[0], draw)
-    label = add_noise(channels.future, snr_db[1], draw)
-    power = np.square(np.abs(history), dtype=np.float32).mean((1, 2, 3), keepdims=True)
-    scale = 1.0 / np.sqrt(power)  # (U, 1, 1, 1)
-    history = history * scale
-    forecast = pick(ANCHORS, anchor, "anchor")(history, channels.future.shape[2])
-    return Observed(history, label * scale, channels.future * scale, forecast)
-
-
 def score(forecast: Complex, seen: Observed, antennas: Index) -> NDArray[np.float64]:
     """Return sums a user (U, 4 F + 1): clean error and power, noisy error and power a slot; and the SE."""
     clean, label = seen.clean[:, antennas], seen.label[:, antennas]  # (U, a, F, K)
@@ -286,11 +247,6 @@ def _fixed(data: DataConfig, seed: int, anchor: str, split: str, users: tuple[in
 def _slot_power(channels: Complex) -> NDArray[np.float64]:
     """Sum |H|^2 over antennas and subcarriers: (U, A, F, K) -> (U, F)."""
     return np.square(np.abs(channels), dtype=np.float64).sum((1, 3))
-
-
-def _real(channels: Complex) -> Tensor:
-    """Return complex rows (n, t, K) as real ones (n, t, K, 2)."""
-    return torch.view_as_real(torch.from_numpy(channels))
 
 
 def _spread(available: int, wanted: int) -> Index:

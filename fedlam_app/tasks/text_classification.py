@@ -95,7 +95,7 @@ class TextClassification(TextTask):
         """Return what the head of the untrained model would see of every text, (texts, D)."""
         samples = self.encoded[split]
         order = np.argsort([len(ids) for ids, _ in samples], kind="stable")
-        features = np.zeros((len(samples), model.backbone.width), np.float64)  # type: ignore[arg-type]
+        features = np.zeros((len(samples), int(model.backbone.width)))  # type: ignore[arg-type]
         with torch.no_grad():
             for start in range(0, len(order), 64):
                 chosen = order[start : start + 64]

@@ -1,0 +1,125 @@
+"""Combinations of the split round that cannot run: held against strategies of gradient space alone.
+
+The sentences are as those of ``rules.py``; ``checks.py``, which knows the strategies, asks for them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from fedlam_app.rules import TEXT_TASKS, has_backbone
+
+if TYPE_CHECKING:
+    from fedlam_app.config import RunConfig
+
+_SLACK = 1e-9  # as in the trimmed mean: 0.29 of 100 devices are 29
+
+
+def broken(config: RunConfig) -> str | None:
+    """Return what makes ``config`` impossible in gradient space, in one sentence, or ``None``."""
+    for rule in (_server, _ranks, _wire, _blocks, _robust, _buffer):
+        for sentence in rule(config):
+            return sentence
+    return None
+
+
+def takes_part(config: RunConfig) -> int:
+    """Return the devices of a step."""
+    return config.train.cohort or config.train.devices
+
+
+def _server(config: RunConfig) -> Iterator[str]:
+    model, strategy = config.model, config.strategy
+    if not has_backbone(config):
+        yield (
+            f"'strategy' = '{strategy}' is not allowed with 'model.name' = '{model.name}', which has no"
+            " backbone to stay on the edge server; the name must be 'llm4cp-clean' or 'llm4cp'"
+        )
+    if model.backbone == "none":
+        yield (
+            f"'strategy' = '{strategy}' is not allowed with 'model.backbone' = 'none', which leaves nothing"
+            " on the edge server; the backbone must be another, or the strategy one of adapter space"
+        )
+    if model.tuning != "lora":
+        yield (
+            f"'strategy' = '{strategy}' is not allowed with 'model.tuning' = '{model.tuning}': the edge"
+            " server trains LoRA factors; the tuning must be 'lora'"
+        )
+
+
+def _ranks(config: RunConfig) -> Iterator[str]:
+    if len(set(config.train.ranks)) > 1:
+        yield (
+            f"'train.ranks' = '{','.join(map(str, config.train.ranks))}' is not allowed with 'strategy' ="
+            f" '{config.strategy}': the one LoRA vector is the server's; it must be empty"
+        )
+
+
+def _wire(config: RunConfig) -> Iterator[str]:
+    wire, texts = config.wire, config.task in TEXT_TASKS
+    if texts:
+        return
+    if wire.embedding == "token-ids":
+        yield (
+            f"'wire.embedding' = 'token-ids' is not allowed with 'task' = '{config.task}', which has no"
+            " tokens of a vocabulary; it must be a number format"
+        )
+    for key, value, instead in (
+        ("wire.jacobian", "'top-k'" if wire.jacobian == "top-k" else "", "a number format"),
+        ("wire.delta", "true" if wire.delta else "", "false"),
+    ):
+        if value:
+            yield (
+                f"'{key}' = {value} is not allowed with 'task' = '{config.task}', whose samples never come"
+                f" twice; it must be {instead}"
+            )
+
+
+def _blocks(config: RunConfig) -> Iterator[str]:
+    blocks = config.split.device_blocks
+    if not blocks:
+        return
+    key = f"'split.device-blocks' = {blocks}"
+    if config.task not in TEXT_TASKS:
+        yield f"{key} is not allowed with 'task' = '{config.task}'; it must be 0"
+    if blocks >= config.model.blocks:
+        yield (
+            f"{key} must be below 'model.blocks' = {config.model.blocks}: at least one block stays on the"
+            " edge server"
+        )
+    if config.split.heads == "frozen":
+        yield (
+            f"{key} is not allowed with 'split.heads' = 'frozen': blocks on the device train there; it must"
+            " be 0, or the heads 'personal' or 'averaged'"
+        )
+    if config.wire.embedding == "token-ids":
+        yield (
+            f"{key} is not allowed with 'wire.embedding' = 'token-ids': what leaves those blocks is no word;"
+            " it must be 0, or the embedding a number format"
+        )
+
+
+def _robust(config: RunConfig) -> Iterator[str]:
+    n, robust = takes_part(config), config.robust
+    if config.strategy == "multi-krum" and n <= 2 * robust.byzantine + 2:
+        yield (
+            f"'robust.byzantine' = {robust.byzantine} needs more than {2 * robust.byzantine + 2} devices in a"
+            f" step, and there are {n}; {_at_most((n - 3) // 2)}"
+        )
+    if config.strategy == "trimmed-mean" and math.floor(robust.trim * n + _SLACK) < 1:
+        yield (
+            f"'robust.trim' = {robust.trim:g} of the {n} devices in a step cuts nobody;"
+            f" {f'it must be at least {1 / n:.3g}' if n > 2 else 'at least 3 devices are needed'}"
+        )
+
+
+def _buffer(config: RunConfig) -> Iterator[str]:
+    n, buffer = takes_part(config), config.fedbuff.buffer
+    if config.strategy == "fedbuff" and buffer > n:
+        yield f"'fedbuff.buffer' = {buffer} could never fill: {n} devices are at work; it must be 1 to {n}"
+
+
+def _at_most(byzantine: int) -> str:
+    return f"it must be at most {byzantine}" if byzantine >= 0 else "at least 3 devices are needed"
