@@ -39,8 +39,14 @@ BASE: dict[str, Scalar] = {
     "train.local-steps": 1,
     "federation.server-threads": 1,
 }
-EPOCH = 3  # steps of an epoch of the device's figure
-LIGHT = {**BASE, "text.train": EPOCH * 8 * 16, "train.devices": 8, "train.rounds": 3 * EPOCH}
+EPOCH = 4  # steps of an epoch of the device's figure
+LIGHT = {
+    **BASE,
+    "text.train": EPOCH * 8 * 16,
+    "train.devices": 8,
+    "train.rounds": 2 * EPOCH,
+    "federation.supernodes": 1,
+}
 LARGE = {**BASE, "train.devices": 100, "train.cohort": 8, "train.rounds": 5}
 WARM, RAY_ROUNDS = 5, 20
 RAY = {

@@ -173,6 +173,8 @@ class AdapterFederation(Federation):
             )
         elif not np.isfinite(vector).all():
             self.failed(f"round {number}: device {device} sent a vector that is not finite")
+        elif not (np.isfinite(weight) and np.isfinite(loss) and weight > 0.0):
+            self.failed(f"round {number}: device {device} sent a weight of {weight} and a loss of {loss}")
         else:
             full[returned] = vector
             self.algorithm.fold(device, full, weight)

@@ -73,6 +73,10 @@ class Link:
         after = self.config.split.freeze_embedding_after
         return self._embedding_trains and (after == 0 or step <= after * self.config.train.local_steps)
 
+    def needs_modules(self, errand: Errand) -> bool:
+        """Whether a device uses its modules on an errand: its head, or an embedding that trains."""
+        return bool(errand.shown or errand.graded) or self.trains(errand.wanted)
+
     def has_batch(self, device: int, step: int) -> bool:
         """Whether a device has anything to do at a step."""
         ids = self._planned(device, step)

@@ -60,13 +60,13 @@ class SplitFederation(Federation):
         task: Task,
         model: SplitModel,
     ) -> None:
-        where = config.federation
+        split, where = config.split, config.federation
         super().__init__(algorithm, cell, devices, where.supernodes, where.timeout_s)
         self.config = config
         assert isinstance(model.backbone, Backbone)
-        self.backbone = BatchedBackbone(model.backbone, config.split.kept_tokens)
+        self.backbone = BatchedBackbone(model.backbone, split.kept_tokens, plain=not split.batched)
         self.link = Link(config, task, model)
-        self.modules = Modules(model, config.split.heads == "averaged")
+        self.modules = Modules(model, split.heads == "averaged")
         self.known: dict[int, int] = {}  # version of each device's memory that its last word made
         self.graded: dict[int, Errand] = {}  # gradients of embeddings, on their way down
 
@@ -213,7 +213,7 @@ class SplitFederation(Federation):
                 representations=errands[k].representations,
                 gradients=errands[k].gradients,
                 missing=errands[k].missing,
-                modules=self.modules.news(k) if self._needs_modules(errands[k]) else b"",
+                modules=self.modules.news(k) if self.link.needs_modules(errands[k]) else b"",
             )
             for k in devices
         ]
@@ -229,10 +229,6 @@ class SplitFederation(Federation):
             payload=payload,
             sizes=sizes,
         )
-
-    def _needs_modules(self, errand: Errand) -> bool:
-        """Whether a device uses its modules: its head, or an embedding that trains."""
-        return bool(errand.shown or errand.graded) or self.link.trains(errand.wanted)
 
     def _read(self, errand: Errand, device: int, up: Uplink, weight: float, loss: float) -> Answer | None:
         """Take in what a device sent; ``ValueError`` where it is not what was asked for."""
@@ -291,9 +287,8 @@ class SplitFederation(Federation):
 
         A resumed run asks for embeddings again, and counts their bytes again: they are spent again.
         """
-        known = np.array([self.known.get(k, 0) for k in self.devices], np.int64)
-        own = {**self.modules.state(self.devices), **self.link.state(), "federation.known": known}
-        return {**self.algorithm.state(), **own}
+        known = {"federation.known": np.array([self.known.get(k, 0) for k in self.devices], np.int64)}
+        return self.algorithm.state() | self.modules.state(self.devices) | self.link.state() | known
 
     def load(self, state: dict[str, NDArray[np.generic]]) -> None:
         """Continue from the arrays of an earlier round."""

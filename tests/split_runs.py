@@ -143,13 +143,12 @@ class Run:
         self.flat: Flat = {**flat, "results": str(folder / f"run-{next(_runs)}")}
         self.config: RunConfig = parse(self.flat)
         self.task: Task = TASKS[self.config.task](self.config)
-        federation = federate(self.config, "{}", self.task, self.task.build_model())
-        assert isinstance(federation, SplitFederation)
-        self.federation, self.algorithm = federation, federation.algorithm
+        federation: Any = federate(self.config, "{}", self.task, self.task.build_model())
+        self.federation: SplitFederation = federation
+        self.algorithm = self.federation.algorithm
         self.federation.supernodes = supernodes
-        vector = self.algorithm.models()[0]
-        noise = 0.1 * rng(7, "starting vector").standard_normal(len(vector))
-        self.start = (vector + noise).astype(vector.dtype)
+        vector = self.lora
+        self.start = vector + 0.1 * rng(7, "start").standard_normal(len(vector)).astype(vector.dtype)
         self.algorithm.init(self.start, self.federation.devices, self.algorithm.layout)
         self.grid = WireGrid(client, supernodes, self.flat)
         self.memory = Memory(self.config)  # of the devices, where the workers of this test keep it
@@ -157,8 +156,7 @@ class Run:
         fold = self.algorithm.fold
 
         def recorded(device: int, gradient: NDArray[Any], weight: float) -> None:
-            # The rule ends a step after its folds, so the step under way is the next one.
-            step = self.algorithm.steps + 1  # type: ignore[attr-defined]
+            step = self.algorithm.steps + 1  # type: ignore[attr-defined]  # a rule counts it after its folds
             at = self.algorithm.models()[0].copy()
             self.folds.append(Fold(step, device, gradient.copy(), weight, at))
             fold(device, gradient, weight)
@@ -167,8 +165,8 @@ class Run:
 
     def rounds(self, first: int = 1, last: int = 0) -> list[Cost]:
         """Run the rounds ``first`` to ``last`` (0: the last of the run)."""
-        numbers = range(first, (last or self.config.train.rounds) + 1)
-        return [self.federation.train_round(self.grid, number) for number in numbers]
+        last = last or self.config.train.rounds
+        return [self.federation.train_round(self.grid, number) for number in range(first, last + 1)]
 
     @property
     def lora(self) -> NDArray[Any]:
@@ -248,15 +246,14 @@ def _crossed(message: Message) -> Message:
 
 
 def _texts(path: Path) -> Path:
-    """Write 80 texts of 4 to 14 words from 300, whose first word tells their class, mostly."""
+    """Write 80 texts of 4 to 14 words from 300, whose first word tells their class."""
     if not path.exists():
         draw = rng(7, "made texts")
         lines = ["text,label"]
         for number in range(80):
             label = int(draw.integers(3))
             words = draw.integers(300, size=draw.integers(3, 14))
-            first = label if draw.random() < 0.8 else int(draw.integers(3))
-            text = " ".join([f"class{first}", *(f"w{i}" for i in words), f"n{number}"])
+            text = " ".join([f"class{label}", *(f"w{i}" for i in words), f"n{number}"])
             lines.append(f"{text},kind{label}")
         path.write_text("\n".join(lines) + "\n")
     return path
@@ -295,11 +292,5 @@ def _llama(folder: Path | None, blocks: int, positions: int) -> nn.Module:
 
 def _shape(blocks: int) -> dict[str, Any]:
     """Return what the three families have in common; weights wide enough that attention is not flat."""
-    return {
-        "hidden_size": WIDTH,
-        "num_hidden_layers": blocks,
-        "num_attention_heads": 4,
-        "intermediate_size": 48,
-        "vocab_size": 1,
-        "initializer_range": 0.2,
-    }
+    shape = {"hidden_size": WIDTH, "num_hidden_layers": blocks, "num_attention_heads": 4}
+    return shape | {"intermediate_size": 48, "vocab_size": 1, "initializer_range": 0.2}

@@ -108,7 +108,8 @@ LAYOUTS = {"fedsgd-lora", "median", "scaffold", "fedbuff", "splitlora", "fedavg-
     "fed-sb",
     "local",
 }
-LANGUAGE = ("fedsgd-lora", "splitlora", "fedit", "ffa-lora", "central")
+SPREAD_CHANNELS = {"fedsgd-lora", "splitlora", "fedavg-lora", "local"}  # the embedding trains as well
+LANGUAGE = ("fedsgd-lora", "fedit", "central")
 MATRIX = [
     *((task, name) for task in ("text-classification", "channel-prediction") for name in ALGORITHMS),
     *(("language-modelling", name) for name in LANGUAGE),
@@ -132,7 +133,7 @@ def test_every_strategy_runs(
         # Fed-SB's vector changes its length.
         assert row.shape != first.shape or not np.array_equal(row, first)
 
-    if strategy in LAYOUTS and task != "language-modelling":
+    if strategy in {"text-classification": LAYOUTS, "channel-prediction": SPREAD_CHANNELS}.get(task, ()):
         again, spread = play(task, strategy, nodes=3)
         assert set(spread) == set(state)
         for name, array in state.items():
@@ -140,6 +141,12 @@ def test_every_strategy_runs(
         # Bytes are counted with Flower's frame, and a split has one a message, not one a device.
         frames = {key: again[key] for key in ("bytes_up", "bytes_down")}
         assert without_clocks(again) == without_clocks(last) | frames
+
+
+def test_the_published_llm4cp_is_split_too_and_its_dropout_is_keyed(play: Callable[..., Any]) -> None:
+    keys: Flat = {"model__name": "llm4cp", "train__rounds": 1, "train__local_steps": 1}
+    (_, one), (_, three) = (play("channel-prediction", "fedsgd-lora", nodes=n, **keys) for n in (1, 3))
+    np.testing.assert_array_equal(one["models"], three["models"])
 
 
 def without_clocks(record: dict[str, Any]) -> dict[str, Any]:
@@ -295,7 +302,7 @@ def test_a_comparison_gives_each_strategy_its_own_numbers(
     flat = {**tasks["text-classification"], **together, "results": str(tmp_path / "together")}
     checks.check(parse(flat))
     folder = go(flat, 2, lambda line: None)
-    finals = {r["cell"]: r for r in folder.read_metrics() if r["kind" if "kind" in r else "cell"] == "final"}
+    finals = {r["cell"]: r for r in folder.read_metrics() if r.get("kind") == "final"}
     assert set(finals) == set(names)
     for name in names[:2]:
         alone, state = play("text-classification", name)

@@ -37,10 +37,11 @@ class BatchedBackbone:
     """One frozen backbone for any number of devices, a low-rank path for each.
 
     A vector (p,) is the backbone's trainable parameters in the order of ``named_parameters``. Tunings
-    other than LoRA have no low-rank path: they go device after device, through the same interface.
+    other than LoRA have no low-rank path: they go device after device, through the same interface; and so
+    does everything where ``plain`` asks for the reference.
     """
 
-    def __init__(self, backbone: Backbone, kept_tokens: int = KEPT_TOKENS) -> None:
+    def __init__(self, backbone: Backbone, kept_tokens: int = KEPT_TOKENS, *, plain: bool = False) -> None:
         trainable = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
         places, start = {}, 0
         for parameter in trainable.values():
@@ -57,7 +58,7 @@ class BatchedBackbone:
         covered = sum(
             layer.a.stop - layer.a.start + layer.b.stop - layer.b.start for layer in self._adapted.values()
         )
-        self._low_rank = covered == start  # nothing but LoRA trains
+        self._low_rank = covered == start and not plain  # nothing but LoRA trains
         model: Any = backbone.model
         self._core = model.base_model.model if self._adapted else model
         self._family = family(self._core) if self._low_rank else None

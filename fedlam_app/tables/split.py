@@ -26,6 +26,9 @@ class SplitConfig(Table):
     and half of the exchanges; 0 is never."""
     cache: bool
     """Whether the server keeps embeddings that cannot change, so that each goes up once."""
+    batched: bool
+    """Whether the server runs its backbone once over all devices; false is the plain reference, device after
+    device through the model's own modules: in float32 the same bits as the unsplit model."""
     kept_tokens: Natural
     """Tokens whose graph waits on the server for their Jacobians; those of further devices are computed
     again, so that memory does not grow with the devices of a step."""
