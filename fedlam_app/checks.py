@@ -124,6 +124,7 @@ def _combined(config: RunConfig) -> Iterator[str]:
         if sentence := rules_split.broken(config):
             yield sentence
         return
+    yield from rules_split.blocks(config)
     if model.precision == "float64":
         yield (
             f"'model.precision' = 'float64' is not allowed with 'strategy' = '{name}', whose vectors travel"

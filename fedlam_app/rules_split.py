@@ -1,4 +1,4 @@
-"""Combinations of the split round that cannot run: held against strategies of gradient space alone.
+"""Combinations of the split round that cannot run: held against strategies of gradient space.
 
 The sentences are as those of ``rules.py``; ``checks.py``, which knows the strategies, asks for them.
 """
@@ -19,7 +19,7 @@ _SLACK = 1e-9  # as in the trimmed mean: 0.29 of 100 devices are 29
 
 def broken(config: RunConfig) -> str | None:
     """Return what makes ``config`` impossible in gradient space, in one sentence, or ``None``."""
-    for rule in (_server, _ranks, _wire, _blocks, _robust, _buffer):
+    for rule in (_server, _ranks, _wire, blocks, _robust, _buffer):
         for sentence in rule(config):
             return sentence
     return None
@@ -77,14 +77,15 @@ def _wire(config: RunConfig) -> Iterator[str]:
             )
 
 
-def _blocks(config: RunConfig) -> Iterator[str]:
-    blocks = config.split.device_blocks
-    if not blocks:
+def blocks(config: RunConfig) -> Iterator[str]:
+    """Yield why blocks cannot stay on the device; the task cuts its model so, whatever the strategy."""
+    kept = config.split.device_blocks
+    if not kept:
         return
-    key = f"'split.device-blocks' = {blocks}"
+    key = f"'split.device-blocks' = {kept}"
     if config.task not in TEXT_TASKS:
         yield f"{key} is not allowed with 'task' = '{config.task}'; it must be 0"
-    if blocks >= config.model.blocks:
+    if kept >= config.model.blocks:
         yield (
             f"{key} must be below 'model.blocks' = {config.model.blocks}: at least one block stays on the"
             " edge server"

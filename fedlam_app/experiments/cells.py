@@ -50,7 +50,10 @@ def _strategy(name: str, seed: int) -> Cell:
     """A row of the comparison: a strategy on the run's own task and devices, or a classical name."""
     if name in CLASSICAL_LABELS:
         return Cell(name, CLASSICAL_LABELS[name], seed, {"seed": seed}, classical=name)
-    return Cell(name, name, seed, {"seed": seed, "strategy": name})
+    overrides: dict[str, Scalar] = {"seed": seed, "strategy": name}
+    if name == "fedavg-full":  # stands beside LoRA strategies with a tuning of its own
+        overrides["model.tuning"] = "full"
+    return Cell(name, name, seed, overrides)
 
 
 def _of_seed(config: RunConfig, seed: int) -> list[Cell]:

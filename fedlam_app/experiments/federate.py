@@ -7,6 +7,7 @@ import os
 import numpy as np
 import torch
 
+from clients.adapter import torch_device
 from fedlam_app.base.registry import pick
 from fedlam_app.base.vectors import pack
 from fedlam_app.config import RunConfig
@@ -32,6 +33,7 @@ def federate(config: RunConfig, cell: str, task: Task, model: SplitModel) -> Fed
         return AdapterFederation(algorithm, cell, devices, where.supernodes, where.timeout_s)
     from strategies.split_lora import SplitFederation
 
+    model = model.to(torch_device(config.device))
     torch.set_num_threads(config.federation.server_threads or os.cpu_count() or 1)
     algorithm.init(pack(model.server_side().values()), devices, layout_of(model.backbone, scale))
     return SplitFederation(algorithm, cell, devices, config, task, model)

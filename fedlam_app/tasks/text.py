@@ -180,8 +180,9 @@ class TextTask(ABC):
     def cost(self) -> Cost:
         """Count one mean text: 2 FLOPs a parameter and token in blocks, a parameter and row in the head."""
         model = self.build_model()
-        batch = self.collate(self.encoded["train"][:256])
-        tokens, rows = len(batch.texts.ids) / 256, len(batch.targets) / 256
+        batch = self.collate(self.encoded["train"])
+        texts = len(batch.texts.lengths)
+        tokens, rows = len(batch.texts.ids) / texts, len(batch.targets) / texts
         width = model.backbone.width
         assert isinstance(width, int)
         server = sum(p.numel() for p in model.backbone.parameters())
