@@ -113,11 +113,26 @@ def planned(sent: Sent, tokens: float, rows: float) -> tuple[int, int]:
         # Embeddings go up once: the first batch on its own, every other with the Jacobians before it.
         embedded = missing = sum(map(len, task.shards))
         shown, graded, exchanges = embedded * steps // task.steps_an_epoch, 0, train.devices * (steps + 1)
-    both = {"rows": round(shown * rows), "payloads": exchanges, "messages": exchanges}
-    return (
-        uplink_bytes(config.wire, width, tokens=round(embedded * tokens), samples=embedded, **both),
-        downlink_bytes(config.wire, width, graded=round(graded * tokens), missing=missing, **both),
+    seen = round(shown * rows)
+    up = uplink_bytes(
+        config.wire,
+        width,
+        rows=seen,
+        tokens=round(embedded * tokens),
+        samples=embedded,
+        payloads=exchanges,
+        messages=exchanges,
     )
+    down = downlink_bytes(
+        config.wire,
+        width,
+        rows=seen,
+        graded=round(graded * tokens),
+        missing=missing,
+        payloads=exchanges,
+        messages=exchanges,
+    )
+    return up, down
 
 
 def deviation(sent: Sent, plan: tuple[int, int]) -> float:

@@ -19,7 +19,7 @@ import functools
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -61,7 +61,9 @@ BASE: dict[str, Scalar] = {
     "federation.supernodes": DEVICES,
     "federation.server-threads": 1,
 }
-Gradient = Gradients = NDArray[np.float64]  # (p,), (rounds, p)
+Gradient = NDArray[np.float64]  # (p,)
+Gradients = NDArray[np.float64]  # (rounds, p)
+Wire = Mapping[str, Scalar]  # keys of the table ``wire``
 
 
 class Standing(FedSgdLora):
@@ -125,10 +127,10 @@ def fitted_head() -> list[torch.Tensor]:
     return [p.detach() for p in head]
 
 
-def gradients(kind: type[Standing], rounds: int, task: type[TextClassification], **wire: Scalar) -> Gradients:
+def gradients(kind: type[Standing], rounds: int, task: type[TextClassification], wire: Wire) -> Gradients:
     """Return the gradients (rounds, p) of visits of the same texts, over a wire that is else fp32."""
     TASKS["text-classification"] = task  # the devices' too: they are in this process
-    flat = {**BASE, **{f"wire.{key.replace('_', '-')}": value for key, value in wire.items()}}
+    flat = {**BASE, **{f"wire.{key}": value for key, value in wire.items()}}
     # Devices keep the model of a configuration, so another head is another experiment.
     flat["train.weight-decay"] = 0.0 if task is Fitted else 1e-9
     config = parse(flat)
@@ -160,8 +162,8 @@ def main() -> int:
 
 def measure() -> tuple[list[Figure], dict[str, list[float]]]:
     """Return the figures, and every wire's cosine and relative error."""
-    exact = gradients(Moving, 2, Fitted)
-    drawn = gradients(Standing, 1, TextClassification)[0]
+    exact = gradients(Moving, 2, Fitted, {})
+    drawn = gradients(Standing, 1, TextClassification, {})[0]
     table: dict[str, list[float]] = {}
 
     def figure(name: str, found: Gradient, wanted: Gradient = exact[0], bound: str = "") -> Figure:
@@ -171,34 +173,36 @@ def measure() -> tuple[list[Figure], dict[str, list[float]]]:
         print(f"{name}: cosine {cosine:.6f}, relative error {table[name][1]:.2g}", flush=True)
         return Figure("split", f"{name}, cosine", cosine, "", bound)
 
-    def first(task: type[TextClassification] = Fitted, **wire: Scalar) -> Gradient:
-        return gradients(Standing, 1, task, **wire)[0]
+    def first(wire: Wire, task: type[TextClassification] = Fitted) -> Gradient:
+        found: Gradient = gradients(Standing, 1, task, wire)[0]
+        return found
 
-    int8 = dict.fromkeys(WIRES, "int8")
-    at_random = gradients(Standing, DRAWS, Fitted, jacobian="int4")
+    int8: Wire = dict.fromkeys(WIRES, "int8")
+    int4: Wire = {"jacobian": "int4"}
+    nearest: Wire = {"stochastic": False}
+    at_random = gradients(Standing, DRAWS, Fitted, int4)
     figures = [
-        figure("all links int8", first(**int8), bound=">= 0.999"),
-        figure("all links int8, to nearest", first(**int8, stochastic=False), bound=">= 0.999"),
-        figure("int4 Jacobian, to nearest", first(jacobian="int4", stochastic=False), bound=">= 0.995"),
+        figure("all links int8", first(int8), bound=">= 0.999"),
+        figure("all links int8, to nearest", first({**int8, **nearest}), bound=">= 0.999"),
+        figure("int4 Jacobian, to nearest", first({**int4, **nearest}), bound=">= 0.995"),
         figure(f"int4 Jacobian, mean of {DRAWS} steps", at_random.mean(0), bound=">= 0.995"),
         figure("int4 Jacobian", at_random[0]),
     ]
-    for nearest in (True, False):
-        name = f"int4 Jacobian{', to nearest' if nearest else ''}, head as the seed draws it"
-        wire: dict[str, Scalar] = {"jacobian": "int4", "stochastic": not nearest}
-        figures.append(figure(name, first(TextClassification, **wire), drawn))
+    for name, wire in (("int4 Jacobian, to nearest", {**int4, **nearest}), ("int4 Jacobian", int4)):
+        found = first(wire, TextClassification)
+        figures.append(figure(f"{name}, head as the seed draws it", found, drawn))
     for link in WIRES:
         for form in FORMATS:
             name = f"{form} {'Jacobian' if link == 'jacobian' else link}"
             if name not in table:
-                figures.append(figure(name, first(**{link: form})))
+                figures.append(figure(name, first({link: form})))
     for share in (0.1, 0.25):
-        found = first(jacobian="top-k", top_k=share)
+        found = first({"jacobian": "top-k", "top-k": share})
         figures.append(figure(f"top-{share:.0%} Jacobian, first visit", found))
     for form in ("int8", "int4"):
         for delta in (False, True):
             name = f"{form} representation, second visit{', as a change' if delta else ''}"
-            found = gradients(Moving, 2, Fitted, representation=form, delta=delta)[1]
+            found = gradients(Moving, 2, Fitted, {"representation": form, "delta": delta})[1]
             figures.append(figure(name, found, exact[1]))
     return figures, table
 

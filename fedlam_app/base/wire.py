@@ -2,18 +2,20 @@
 
     fp64 fp32    the bits themselves
     fp16 bf16    round to nearest even; what exceeds the format's largest number becomes that number
-    int8 int4    row x = s q:   s = bf16(max|x| / L),   q = round(x / s) in [-L, L],   L = 127 or 7
+    int8 int4    x = s q:   s = bf16(max|x| / L),   q = round(x / s) in [-L, L],   L = 127 or 7
 
-A row is a token. The scale is bfloat16 and not fp16, which would lose Jacobians of 1e-7. Without ``draw``
+int8 has one scale s a row, which is a token; int4 one for every 32 values of a row, for its steps are coarse
+and all Jacobians of a two-class head are parallel, so that their errors would not average out. The scale is
+bfloat16 and not fp16, which would lose Jacobians of 1e-7. Without ``draw``
 rounding is to nearest, in s as in q: the largest value of a row then has code L, so decoding and encoding
 again changes nothing, and |error| <= s/2. With ``draw``, s is rounded up so that nothing is cut off, and q is
 floor(x / s) plus one with probability x / s - floor(x / s): E[decode(encode(x))] = x, and |error| < s
 (D. Alistarh et al., QSGD, arXiv:1610.02132, with the row's maximum in place of its norm).
 
 A finite value stays finite. A value that is not must be found by whoever receives it: it survives in the
-float formats, and in the integer formats it makes its row NaN.
+float formats, and in the integer formats it makes all that shares its scale NaN.
 
-Payload, little-endian, row after row: the values; or the n scales (2 bytes each), then the codes.
+Payload, little-endian, row after row: the values; or the scales (2 bytes each), then the codes.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32] | NDArray[np.float64]  # (n, d)
 Float32 = NDArray[np.float32]
 Bf16 = NDArray[np.uint16]  # the upper half of a float32
+
+BLOCK = 32  # values that share a scale in int4
 
 _BF16_NAN = 0x7FC0
 _BF16_LEAST = 0x0080  # 2^-126, the smallest normal number
@@ -169,8 +173,16 @@ def _unpack_int8(data: bytes, n: int, d: int) -> Array:
     return _dequantise(data, np.frombuffer(data, np.int8, offset=2 * n).reshape(n, d))
 
 
+def _blocks(d: int) -> int:
+    """Return how many scales a row of d values has in int4."""
+    return -(-d // BLOCK)
+
+
 def _pack_int4(x: Array, draw: np.random.Generator | None) -> bytes:
-    scales, codes = _quantise(x, 7, draw)
+    n, d = x.shape
+    blocks = np.pad(x, ((0, 0), (0, -d % BLOCK))).reshape(n * _blocks(d), BLOCK)
+    scales, parts = _quantise(blocks, 7, draw)
+    codes = np.ascontiguousarray(parts.reshape(n, _blocks(d) * BLOCK)[:, :d])
     nibbles = codes.view(np.uint8)
     packed = nibbles[:, 0::2] & 0x0F  # (n, ceil(d / 2)): even columns in the lower half of a byte
     packed[:, : codes.shape[1] // 2] |= nibbles[:, 1::2] << 4
@@ -178,11 +190,14 @@ def _pack_int4(x: Array, draw: np.random.Generator | None) -> bytes:
 
 
 def _unpack_int4(data: bytes, n: int, d: int) -> Array:
-    packed = np.frombuffer(data, np.uint8, offset=2 * n).reshape(n, (d + 1) // 2)
-    codes = np.empty((n, d), np.int8)
-    codes[:, 0::2] = (packed << 4).view(np.int8) >> 4  # the shift back extends the sign
-    codes[:, 1::2] = packed.view(np.int8)[:, : d // 2] >> 4
-    return _dequantise(data, codes)
+    blocks = n * _blocks(d)
+    packed = np.frombuffer(data, np.uint8, offset=2 * blocks).reshape(n, (d + 1) // 2)
+    codes = np.zeros((n, _blocks(d) * BLOCK), np.int8)
+    even, odd = codes[:, :d:2], codes[:, 1:d:2]
+    even[:] = (packed << 4).view(np.int8) >> 4  # the shift back extends the sign
+    odd[:] = packed.view(np.int8)[:, : d // 2] >> 4
+    values = _dequantise(data, codes.reshape(blocks, BLOCK))
+    return np.ascontiguousarray(values.reshape(codes.shape)[:, :d])
 
 
 FORMATS: dict[str, Format] = {
@@ -193,6 +208,6 @@ FORMATS: dict[str, Format] = {
         Format("fp16", lambda d: 2 * d, _pack_fp16, _unpack_fp16),
         Format("bf16", lambda d: 2 * d, _pack_bf16, _unpack_bf16),
         Format("int8", lambda d: 2 + d, _pack_int8, _unpack_int8),
-        Format("int4", lambda d: 2 + (d + 1) // 2, _pack_int4, _unpack_int4),
+        Format("int4", lambda d: 2 * _blocks(d) + (d + 1) // 2, _pack_int4, _unpack_int4),
     )
 }
