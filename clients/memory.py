@@ -65,19 +65,29 @@ class Memory:
 
         Versions up to ``before`` are of earlier rounds: the one that this round began with stays too.
         """
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
-        with atomic_file(self._path(device, version)) as file:
-            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, file)
-        for other in self.folder.glob(f"{device}-*.safetensors"):
-            number = int(other.stem.partition("-")[2])
-            # A round's first version left no other of an earlier round than the one that it came from.
-            begins = number <= before < parent
-            if number not in (version, parent) and not begins:
-                other.unlink(missing_ok=True)
+        path = self._path(device, version)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A round's first version left no other of an earlier round than the one that it came from.
+        old = [
+            file
+            for file in path.parent.glob("*.safetensors")
+            if (number := int(file.stem)) not in (version, parent) and not number <= before < parent
+        ]
+        # What is no longer needed is written over: on many file systems that is cheaper than a new file.
+        spare = path.with_suffix(".writing")
+        if old:
+            old[0].replace(spare)
+        with spare.open("r+b" if old else "wb") as stream:
+            stream.write(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
+            stream.truncate()
+        spare.replace(path)
+        for file in old[1:]:
+            file.unlink(missing_ok=True)
 
     def _path(self, device: int, version: int) -> Path:
-        return self.folder / f"{device}-{version}.safetensors"
+        return self.folder / str(device) / f"{version}.safetensors"
 
 
 class Kept:

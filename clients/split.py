@@ -59,6 +59,8 @@ class SplitDevice:
         self.worker, self.config, self.task, self.model = worker, worker.config, worker.task, worker.model
         self.local_steps = self.config.train.local_steps
         self.modules = list(self.model.device_side().values())
+        self.embedding_trains = any(p.requires_grad for p in self.model.embedding.parameters())
+        self.first = worker.initial[worker.modules]  # (q,) the modules of a device that starts
         wire = self.config.wire
         self.remembers = bool(self.modules) or wire.jacobian == "top-k" or wire.delta
 
@@ -74,8 +76,7 @@ class SplitDevice:
         if len(average):
             memory["average"] = memory["kept"] = average
         if self.modules:
-            own = memory.get("kept", self.worker.initial[self.worker.modules])
-            unpack(own, self.modules)
+            unpack(memory.get("kept", self.first), self.modules)
         if graded:
             self._descend_embedding(device, graded, down.gradients)
         weight = loss = 0.0
@@ -97,12 +98,8 @@ class SplitDevice:
 
     def hand_in(self, order: ModulesOrder) -> NDArray[np.floating]:
         """Return every device's modules (n, q), to be averaged."""
-        first = self.worker.initial[self.worker.modules]
-        kept = [
-            self.worker.memory.load(k, v).get("kept", first)
-            for k, v in zip(order.devices, order.known, strict=True)
-        ]
-        return np.stack(kept)
+        known = zip(order.devices, order.known, strict=True)
+        return np.stack([self.worker.memory.load(k, v).get("kept", self.first) for k, v in known])
 
     # --- the three parts of an exchange --------------------------------------------------------------
 
@@ -157,9 +154,10 @@ class SplitDevice:
     def _embedded(self, device: int, step: int, graph: bool) -> tuple[Any, Tokens, Any]:
         """Return a step's batch, its tokens and what stays on the device: the same whenever it is asked."""
         batch = self.task.batch(device, *position(step, self.local_steps))
-        self.model.train()
-        # Dropout is the one draw that torch makes by itself: key it too.
-        torch.manual_seed(seed_of(self.config.seed, "dropout", device, step))
+        for module in (self.model.embedding, self.model.head):
+            module.train()
+        if self.embedding_trains:  # dropout is the one draw that torch makes by itself: key it too
+            torch.manual_seed(seed_of(self.config.seed, "dropout", device, step))
         with torch.set_grad_enabled(graph):
             tokens, side = self.model.embedding(self.task.inputs(self.model, batch))
         return batch, flat(tokens), side

@@ -77,7 +77,7 @@ def _train(content: RecordDict, base: str) -> TrainReport:
 
 def _split(content: RecordDict, base: str) -> SplitReport:
     order = decode(content, SplitOrder)
-    device = SplitDevice(_worker(base, order.cell))
+    device = _device(base, order.cell)
     started = time.process_time()
     found = [device.answer(order, place) for place in range(len(order.devices))]
     answers = [answer for answer in found if answer is not None]
@@ -95,7 +95,7 @@ def _split(content: RecordDict, base: str) -> SplitReport:
 
 def _modules(content: RecordDict, base: str) -> ModulesReport:
     order = decode(content, ModulesOrder)
-    device = SplitDevice(_worker(base, order.cell))
+    device = _device(base, order.cell)
     started = time.process_time()
     vectors = device.hand_in(order)
     return ModulesReport(
@@ -137,6 +137,12 @@ def _worker(base: str, cell: str) -> Worker:
     torch.set_num_threads(1)  # results must not depend on how many cores an actor was given
     config = parse({**json.loads(base), **json.loads(cell)})
     return Worker(config, pick(TASKS, config.task, "task")(config))
+
+
+@functools.lru_cache(maxsize=4)
+def _device(base: str, cell: str) -> SplitDevice:
+    """Return the device side of a split experiment, around its worker."""
+    return SplitDevice(_worker(base, cell))
 
 
 def peak_rss_bytes() -> int:

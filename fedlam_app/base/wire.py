@@ -156,7 +156,7 @@ def _quantise(x: Array, levels: int, draw: np.random.Generator | None) -> tuple[
     return scales.astype("<u2", copy=False).tobytes(), codes.astype(np.int8)
 
 
-def _dequantise(data: bytes, codes: NDArray[np.int8]) -> Array:
+def _dequantise(data: bytes, codes: NDArray[np.int8]) -> Float32:
     """Return scales times codes (n, d) as float32: exact, 8 bits times 7."""
     factors = from_bf16(np.frombuffer(data, "<u2", count=len(codes)))
     values = codes.astype(np.float32)
@@ -180,7 +180,8 @@ def _blocks(d: int) -> int:
 
 def _pack_int4(x: Array, draw: np.random.Generator | None) -> bytes:
     n, d = x.shape
-    blocks = np.pad(x, ((0, 0), (0, -d % BLOCK))).reshape(n * _blocks(d), BLOCK)
+    padded = np.pad(as_float32(x), ((0, 0), (0, -d % BLOCK)))
+    blocks: Float32 = padded.reshape(n * _blocks(d), BLOCK)
     scales, parts = _quantise(blocks, 7, draw)
     codes = np.ascontiguousarray(parts.reshape(n, _blocks(d) * BLOCK)[:, :d])
     nibbles = codes.view(np.uint8)
@@ -196,8 +197,8 @@ def _unpack_int4(data: bytes, n: int, d: int) -> Array:
     even, odd = codes[:, :d:2], codes[:, 1:d:2]
     even[:] = (packed << 4).view(np.int8) >> 4  # the shift back extends the sign
     odd[:] = packed.view(np.int8)[:, : d // 2] >> 4
-    values = _dequantise(data, codes.reshape(blocks, BLOCK))
-    return np.ascontiguousarray(values.reshape(codes.shape)[:, :d])
+    values: Float32 = _dequantise(data, codes.reshape(blocks, BLOCK)).reshape(codes.shape)
+    return np.ascontiguousarray(values[:, :d])
 
 
 FORMATS: dict[str, Format] = {
