@@ -6,9 +6,9 @@ All with MiniLM's six blocks on Rotten Tomatoes and the default wire, one thread
   median over steps; with the embeddings of new texts (first epoch) and without (later epochs).
 * Scale: a whole run of 100 devices, 8 a round, 5 rounds, both evaluations included, in a process of its own:
   its CPU time from start to end, and its peak memory.
-* Overhead: `fedlam run` through Flower and Ray with two SuperNodes: wall time of an exchange beyond the CPU
-  time of the slowest SuperNode, mean over the rounds after the first five. `python -m benchmarks.split_scale
-  --without-ray` leaves it out.
+* Overhead: `fedlam run` through Flower and Ray with two SuperNodes: wall time of a round's one exchange
+  beyond the CPU time of the slowest SuperNode, mean over the rounds after the first five. The option
+  --without-ray leaves it out.
 """
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ RAY = {
     "train.batch-rows": 8,
     "train.rounds": RAY_ROUNDS,
     "train.evaluate-every": WARM,
-    "split.heads": "averaged",
     "federation.supernodes": 2,
 }
 WHOLE_RUN = """
@@ -149,7 +148,7 @@ def overhead() -> Figure:
                     process.terminate()
         spent = {int(str(r["round"])): float(str(r["overhead_s"])) for r in read_metrics(results)}
     mean_s = (spent[RAY_ROUNDS] - spent[WARM]) / (RAY_ROUNDS - WARM)
-    return Figure("split", "an exchange through Flower and Ray beyond its work", 1e3 * mean_s, "ms", "<= 150")
+    return Figure("split", "a round through Flower and Ray beyond its work", 1e3 * mean_s, "ms", "<= 150")
 
 
 @contextmanager
