@@ -16,7 +16,7 @@ from benchmarks.split_runs import BASE, Flat, call, done, federated, in_parallel
 
 SEED = 1
 RULES = {"fedsgd-lora": ">= 10", "median": "<= 2", "trimmed-mean": "<= 2", "multi-krum": "<= 2"}
-TEN: Flat = {"train.devices": 10, "train.batch-rows": 8, "train.rounds": 96, "seed": SEED}
+TEN: Flat = {"train.devices": 10, "train.batch-rows": 8, "train.rounds": 48, "seed": SEED}
 ATTACK: Flat = {"faults.attack": "sign-flip", "faults.attackers": 2, "faults.attack-scale": 10.0}
 
 
