@@ -7,7 +7,8 @@
 * it starts ``flower-superlink`` and friends by name, so the environment's ``bin`` must be on PATH;
 * the app runs in another working directory, so paths are made absolute here;
 * of two ``--run-config`` with keys of one table the first is lost, so all overrides go in one;
-* ``--stream`` exits 0 on a failed run, so the run's status is asked for and decides the exit code.
+* ``--stream`` exits 0 on a failed run, so the run's status is asked for and decides the exit code;
+* it gives its local SuperLink 15 s to start and 0.4 s to answer, which a busy machine may not keep: again.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ PATH_KEYS = ("results", "data.source", "data.test-source", "data.cache", "model.
 NO_INSTALL = "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"
 _STARTED = re.compile(rb"Successfully started run (\d+)")
 _STATUS_WAIT_S = 60.0
+_NOT_UP = b"Failed to start local SuperLink"
+_TRIES = 4
 
 
 def read_overrides(texts: Sequence[str]) -> dict[str, Scalar]:
@@ -117,19 +120,14 @@ def submit(app: Path, config: RunConfig, say: Callable[[str], None] = print) -> 
 
     An interrupt (Ctrl-C) stops the run in the SuperLink too, and returns 130.
     """
-    process = subprocess.Popen(
-        command(app, config), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
     started: list[int] = []
     try:
-        _relay(process, started)
-        code = process.wait()
+        code = _run(app, config, started, say)
         if not started:
             say(f"flwr run did not start (exit code {code}); `fedlam doctor` looks for the usual reasons")
             return code or 1
         status, details = wait_for_status(started[0])
     except KeyboardInterrupt:
-        process.wait()
         if started:
             _flwr("stop", str(started[0]))
             say(f"stopped run {started[0]}; continue it with: fedlam run --resume --results {config.results}")
@@ -160,8 +158,28 @@ def status_of(text: str, run_id: int) -> tuple[str, str]:
         return "unknown", f"`flwr list` answered {text.strip()[:200] or 'nothing'!r}"
 
 
-def _relay(process: subprocess.Popen[bytes], started: list[int]) -> None:
-    """Copy a process's output to ours as it comes, byte for byte; add its run id to ``started``."""
+def _run(app: Path, config: RunConfig, started: list[int], say: Callable[[str], None]) -> int:
+    """Run ``flwr run`` to its end, again where its SuperLink was not up in time; return its exit code."""
+    left = _TRIES
+    while True:
+        process = subprocess.Popen(
+            command(app, config), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        try:
+            said = _relay(process, started)
+        finally:
+            code = process.wait()  # after an interrupt too: it has heard it as well
+        left -= 1
+        if started or left == 0 or _NOT_UP not in said:
+            return code
+        say("the local SuperLink was not up in time; trying again")
+
+
+def _relay(process: subprocess.Popen[bytes], started: list[int]) -> bytes:
+    """Copy a process's output to ours as it comes, byte for byte; add its run id to ``started``.
+
+    Returns what was said until the run started.
+    """
     assert process.stdout is not None
     seen = b""
     while chunk := os.read(process.stdout.fileno(), 65536):
@@ -171,6 +189,7 @@ def _relay(process: subprocess.Popen[bytes], started: list[int]) -> None:
                 started.append(int(found[1]))
         sys.stdout.buffer.write(chunk)
         sys.stdout.buffer.flush()
+    return seen
 
 
 def _flwr(*words: str) -> str:

@@ -423,6 +423,37 @@ def test_the_exit_code_is_the_runs_and_not_flowers(
     assert said == ([] if code == 0 else [f"run 4711 is {status}: round 3: NaN"])
 
 
+LATE = """#!{python}
+import json, sys
+from pathlib import Path
+tries = Path(__file__).with_name("tries")
+if sys.argv[1] == "run":
+    with tries.open("a") as file:
+        file.write("x")
+    if len(tries.read_text()) < {up}:
+        sys.exit("Error: Failed to start local SuperLink within 15s. See logs at /somewhere.")
+    print("Successfully started run 4711", flush=True)
+elif sys.argv[1] == "list":
+    print(json.dumps({{"runs": [{{"run-id": 4711, "status": "finished:completed", "status-details": ""}}]}}))
+"""
+
+
+@pytest.mark.parametrize(("up", "code", "tries"), [(3, 0, 3), (99, 1, 4)])
+def test_a_superlink_that_is_late_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, up: int, code: int, tries: int
+) -> None:
+    flwr = tmp_path / "flwr"
+    flwr.write_text(LATE.format(python=sys.executable, up=up), encoding="utf-8")
+    flwr.chmod(0o755)
+    monkeypatch.setattr(launch, "_executable", lambda name: str(flwr))
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", os.fdopen(os.dup(1), "w"))
+        assert launch.submit(launch.app_folder(), parse({"results": "/runs/1"}), say=said.append) == code
+    assert len((tmp_path / "tries").read_text()) == tries
+    assert said[0] == "the local SuperLink was not up in time; trying again"
+
+
 def test_an_interrupt_stops_the_run_in_the_superlink_too(tmp_path: Path) -> None:
     flwr = tmp_path / "flwr"
     flwr.write_text(FLWR.format(python=sys.executable, status="running"), encoding="utf-8")

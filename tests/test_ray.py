@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -33,19 +34,24 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def flower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """An environment with a Flower home and ports of its own; its SuperLink is stopped at the end."""
+    """An environment with a Flower home and ports of its own; its SuperLink is stopped at the end.
+
+    One worker at a time: Flower gives a SuperLink 15 s to start, and two at once need more on two busy cores.
+    """
     ports = [str(_free_port()) for _ in range(2)]
-    yield {
-        **os.environ,
-        "FLWR_HOME": str(tmp_path_factory.mktemp("flower")),
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": ports[0],
-        "FLWR_LOCAL_CONTROL_API_PORT": ports[1],
-        "FEDLAM_CACHE": str(tmp_path_factory.mktemp("cache")),
-    }
-    for process in psutil.process_iter(["cmdline"]):
-        line = process.info["cmdline"] or []
-        if "--port" in line and ports[0] in line:
-            process.terminate()
+    with (tmp_path_factory.getbasetemp().parent / "flower.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield {
+            **os.environ,
+            "FLWR_HOME": str(tmp_path_factory.mktemp("flower")),
+            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": ports[0],
+            "FLWR_LOCAL_CONTROL_API_PORT": ports[1],
+            "FEDLAM_CACHE": str(tmp_path_factory.mktemp("cache")),
+        }
+        for process in psutil.process_iter(["cmdline"]):
+            line = process.info["cmdline"] or []
+            if "--port" in line and ports[0] in line:
+                process.terminate()
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +63,7 @@ def fedlam_run(flat: dict[str, Scalar], results: Path, env: dict[str, str], *opt
     pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in flat.items())
     command = [sys.executable, "-m", "fedlam_app.cli", "run", "--app", str(ROOT), "--results", str(results)]
     done = subprocess.run(
-        [*command, *options, "--run-config", pairs], env=env, capture_output=True, text=True, timeout=300
+        [*command, *options, "--run-config", pairs], env=env, capture_output=True, text=True, timeout=600
     )
     return done.returncode, done.stdout + done.stderr
 
