@@ -23,7 +23,7 @@ from clients.adapter import Worker
 from clients.faults import tampered, vanishes
 from clients.memory import Arrays
 from fedlam_app.base import sparse
-from fedlam_app.base.keys import rng, seed_of
+from fedlam_app.base.keys import seed_of
 from fedlam_app.base.records import ModulesOrder, SplitOrder, cut
 from fedlam_app.base.schedule import learning_rate
 from fedlam_app.base.split_payload import (
@@ -31,6 +31,7 @@ from fedlam_app.base.split_payload import (
     Uplink,
     from_bytes,
     from_integers,
+    jacobian_draw,
     position,
     to_bytes,
     to_integers,
@@ -202,8 +203,7 @@ class SplitDevice:
         """Return the Jacobians' bytes; a sparse link's memory is kept by sample."""
         wire = self.config.wire
         if wire.jacobian != "top-k":
-            draw = rng(self.config.seed, "jacobian", device, step) if wire.stochastic else None
-            return FORMATS[wire.jacobian].encode(jacobian, draw)
+            return FORMATS[wire.jacobian].encode(jacobian, jacobian_draw(self.config, device, step))
         ids = self.task.ids(device, *position(step, self.local_steps))
         assert ids is not None
         ends = np.cumsum(counts)[:-1]

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedlam_app.base import sparse
-from fedlam_app.base.split_payload import Uplink, position, to_integers
+from fedlam_app.base.split_payload import Uplink, jacobian_draw, position, to_integers
 from fedlam_app.base.wire import FORMATS
 from fedlam_app.config import RunConfig
 from fedlam_app.models.backbones import POSITIONS
@@ -153,13 +153,14 @@ class Link:
         """Return dL/dE (N_k, D) as bytes."""
         return FORMATS[self.config.wire.representation].encode(rows)
 
-    def jacobians(self, up: Uplink, rows: int) -> NDArray[Any]:
+    def jacobians(self, device: int, step: int, up: Uplink, rows: int) -> NDArray[Any]:
         """Return a device's Jacobians (R_k, D); ``ValueError`` where they are not what was asked for."""
         wire = self.config.wire
         if wire.jacobian == "top-k":
             found: NDArray[Any] = sparse.decode(up.jacobians, rows, self.width, wire.top_k)
         else:
-            found = FORMATS[wire.jacobian].decode(up.jacobians, rows, self.width)
+            draw = jacobian_draw(self.config, device, step)
+            found = FORMATS[wire.jacobian].decode(up.jacobians, rows, self.width, draw)
         if not np.isfinite(found).all():
             raise ValueError("its Jacobians are not finite")
         return found

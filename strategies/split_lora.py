@@ -238,7 +238,7 @@ class SplitFederation(Federation):
                 raise ValueError(f"its weight must be a positive number, got {weight}")
             if not -float("inf") < loss < float("inf"):
                 raise ValueError(f"its loss must be a finite number, got {loss}")
-            answer = Answer(self.link.jacobians(up, errand.rows), weight, loss)
+            answer = Answer(self.link.jacobians(device, errand.shown, up, errand.rows), weight, loss)
         if errand.wanted:
             self.link.keep(device, errand.wanted, up)
         return answer

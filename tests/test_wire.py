@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -29,6 +31,7 @@ def draws(seed: int, n: int, d: int) -> np.ndarray:
 
 
 def trip(form: Format, x: np.ndarray, draw: np.random.Generator | None = None) -> np.ndarray:
+    """Encode and decode; whoever decodes does not know the draw."""
     return form.decode(form.encode(x, draw), *x.shape)
 
 
@@ -145,6 +148,29 @@ def test_drawn_integers_have_no_bias(form: Format, shape: tuple[int, int], seed:
     assert (np.abs(back.mean(axis=0) - x) <= step * bound + 1e-6 * np.abs(x)).all()
 
 
+@integers
+@given(x=FINITE, seed=SEEDS)
+def test_whoever_knows_the_draw_errs_by_half_a_step(form: Format, x: np.ndarray, seed: int) -> None:
+    data = form.encode(x, rng(seed, "draw"))
+    error = np.abs(form.decode(data, *x.shape, rng(seed, "draw")) - x.astype(np.float64))
+    # x / s, and q + u - 1/2 of up to 2^7, are float32; the smallest step is not dithered.
+    rounding = 2.0**-16 * steps(form, x, rng(seed, "draw")) + 2.0**-23 * np.abs(x)
+    assert (error <= steps(form, x, rng(seed, "draw")) / 2 + rounding + 2.0**-126).all()
+
+
+@integers
+def test_the_known_draw_leaves_no_bias_and_half_the_variance(form: Format) -> None:
+    x = rng(3, "rows").standard_normal((4096, 384)).astype(np.float32)
+    data, step = form.encode(x, rng(3, "draw")), steps(form, x, rng(3, "draw"))
+    guessed = (form.decode(data, *x.shape) - x.astype(np.float64)) / step
+    known = (form.decode(data, *x.shape, rng(3, "draw")) - x.astype(np.float64)) / step
+    deviations = 5 / np.sqrt(x.size)
+    assert abs(known.mean()) < deviations * math.sqrt(1 / 12)
+    assert known.var() == pytest.approx(1 / 12, rel=2 * deviations)  # uniform, and whatever x is
+    assert 1.9 < guessed.var() / known.var() <= 2.01  # the largest of a row is on the grid, and not guessed
+    assert abs(np.corrcoef(known.ravel(), x.ravel())[0, 1]) < deviations
+
+
 @pytest.mark.parametrize("levels", LEVELS.values(), ids=LEVELS)
 def test_no_code_exceeds_the_levels_whatever_the_largest_value(levels: int) -> None:
     for start in range(0, 2**23, 2**20):  # every float32 mantissa; exponents only shift
@@ -173,8 +199,8 @@ def test_encoding_what_was_decoded_changes_nothing(form: Format, x: np.ndarray) 
 def test_small_jacobians_survive_and_zeros_stay_zero(form: Format) -> None:
     x = draws(4, 6, 384) / 1e3
     x[2] = 0
-    for draw in (None, rng(4, "draw")):
-        back = trip(form, x, draw)
+    drawn = form.encode(x, rng(4, "draw"))
+    for back in (trip(form, x), form.decode(drawn, *x.shape), form.decode(drawn, *x.shape, rng(4, "draw"))):
         assert not back[2].any()
         rows = np.delete(np.arange(6), 2)
         cosine = (

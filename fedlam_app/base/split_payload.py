@@ -20,6 +20,9 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlam_app.base.keys import rng
+from fedlam_app.config import RunConfig
+
 
 @dataclass(frozen=True, kw_only=True)
 class Downlink:
@@ -87,3 +90,8 @@ def position(step: int, local_steps: int) -> tuple[int, int]:
 def version(shown: int, graded: int) -> int:
     """Return the version of a device's memory after an exchange: a step's head moves before its embedding."""
     return 2 * shown if shown else 2 * graded + 1
+
+
+def jacobian_draw(config: RunConfig, device: int, step: int) -> np.random.Generator | None:
+    """Return the draw that rounds a device's Jacobians, known to both ends; ``None``: to nearest."""
+    return rng(config.seed, "jacobian", device, step) if config.wire.stochastic else None

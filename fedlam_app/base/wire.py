@@ -9,8 +9,11 @@ and all Jacobians of a two-class head are parallel, so that their errors would n
 bfloat16 and not fp16, which would lose Jacobians of 1e-7. Without ``draw``
 rounding is to nearest, in s as in q: the largest value of a row then has code L, so decoding and encoding
 again changes nothing, and |error| <= s/2. With ``draw``, s is rounded up so that nothing is cut off, and q is
-floor(x / s) plus one with probability x / s - floor(x / s): E[decode(encode(x))] = x, and |error| < s
-(D. Alistarh et al., QSGD, arXiv:1610.02132, with the row's maximum in place of its norm).
+floor(x / s) plus one with probability x / s - floor(x / s): E[s q] = x, and |error| < s (D. Alistarh et al.,
+QSGD, arXiv:1610.02132, with the row's maximum in place of its norm). Whoever decodes with the same draw u in
+[0, 1) subtracts it: s (q + u - 1/2) is unbiased too, its error is uniform in +-s/2 whatever x is, and its
+variance s^2/12 is half of s^2/6, the mean where x / s fills its cells: for no byte more (subtractive dither,
+L. Roberts 1962; in federated learning N. Shlezinger et al., UVeQFed, arXiv:2006.03262).
 
 A finite value stays finite. A value that is not must be found by whoever receives it: it survives in the
 float formats, and in the integer formats it makes all that shares its scale NaN.
@@ -29,6 +32,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32] | NDArray[np.float64]  # (n, d)
 Float32 = NDArray[np.float32]
 Bf16 = NDArray[np.uint16]  # the upper half of a float32
+Draw = np.random.Generator | None
 
 BLOCK = 32  # values that share a scale in int4
 
@@ -44,17 +48,20 @@ class Format:
 
     name: str
     _row: Callable[[int], int]  # d -> bytes of a row
-    _pack: Callable[[Array, np.random.Generator | None], bytes]
-    _unpack: Callable[[bytes, int, int], Array]
+    _pack: Callable[[Array, Draw], bytes]
+    _unpack: Callable[[bytes, int, int, Draw], Array]
 
-    def encode(self, x: Array, draw: np.random.Generator | None = None) -> bytes:
+    def encode(self, x: Array, draw: Draw = None) -> bytes:
         """Return the payload of ``x`` (n, d); ``draw`` makes the integer formats unbiased."""
         return self._pack(x, draw)
 
-    def decode(self, data: bytes, n: int, d: int) -> Array:
-        """Return the array (n, d), float64 for fp64 and else float32; ``ValueError`` for another length."""
+    def decode(self, data: bytes, n: int, d: int, draw: Draw = None) -> Array:
+        """Return the array (n, d), float64 for fp64 and else float32; ``ValueError`` for another length.
+
+        ``draw``, keyed like the one that encoded, halves the variance of the integer formats.
+        """
         check_length(self.name, data, n, d, self.size(n, d))
-        return self._unpack(data, n, d)
+        return self._unpack(data, n, d, draw)
 
     def size(self, n: int, d: int) -> int:
         """Return the length of the payload of n rows of d values [bytes]."""
@@ -106,39 +113,39 @@ def _clip(x: Array, largest: float) -> Array:
     return np.where(np.isfinite(x), np.clip(x, -largest, largest), x)
 
 
-def _pack_fp64(x: Array, draw: np.random.Generator | None) -> bytes:
+def _pack_fp64(x: Array, draw: Draw) -> bytes:
     return x.astype("<f8", copy=False).tobytes()
 
 
-def _unpack_fp64(data: bytes, n: int, d: int) -> Array:
+def _unpack_fp64(data: bytes, n: int, d: int, draw: Draw) -> Array:
     return np.frombuffer(data, "<f8").reshape(n, d).astype(np.float64)
 
 
-def _pack_fp32(x: Array, draw: np.random.Generator | None) -> bytes:
+def _pack_fp32(x: Array, draw: Draw) -> bytes:
     return as_float32(x).astype("<f4", copy=False).tobytes()
 
 
-def _unpack_fp32(data: bytes, n: int, d: int) -> Array:
+def _unpack_fp32(data: bytes, n: int, d: int, draw: Draw) -> Array:
     return np.frombuffer(data, "<f4").reshape(n, d).astype(np.float32)
 
 
-def _pack_fp16(x: Array, draw: np.random.Generator | None) -> bytes:
+def _pack_fp16(x: Array, draw: Draw) -> bytes:
     return _clip(x, _FP16_LARGEST).astype("<f2").tobytes()
 
 
-def _unpack_fp16(data: bytes, n: int, d: int) -> Array:
+def _unpack_fp16(data: bytes, n: int, d: int, draw: Draw) -> Array:
     return np.frombuffer(data, "<f2").reshape(n, d).astype(np.float32)
 
 
-def _pack_bf16(x: Array, draw: np.random.Generator | None) -> bytes:
+def _pack_bf16(x: Array, draw: Draw) -> bytes:
     return to_bf16(as_float32(_clip(x, _BF16_LARGEST))).astype("<u2", copy=False).tobytes()
 
 
-def _unpack_bf16(data: bytes, n: int, d: int) -> Array:
+def _unpack_bf16(data: bytes, n: int, d: int, draw: Draw) -> Array:
     return from_bf16(np.frombuffer(data, "<u2").reshape(n, d))
 
 
-def _quantise(x: Array, levels: int, draw: np.random.Generator | None) -> tuple[bytes, NDArray[np.int8]]:
+def _quantise(x: Array, levels: int, draw: Draw) -> tuple[bytes, NDArray[np.int8]]:
     """Return the scales' bytes and the codes (n, d) in [-levels, levels]."""
     x = as_float32(x)
     scales = row_scales(x, levels, up=draw is not None)  # (n,)
@@ -151,26 +158,36 @@ def _quantise(x: Array, levels: int, draw: np.random.Generator | None) -> tuple[
     else:
         floor = np.floor(codes)
         codes -= floor  # floor(codes + uniform) would be biased, and reach 128: near 127 a sum has few bits
-        floor += draw.random(codes.shape, np.float32) < codes
+        floor += _uniform(draw, codes.shape) < codes
         codes = floor
     return scales.astype("<u2", copy=False).tobytes(), codes.astype(np.int8)
 
 
-def _dequantise(data: bytes, codes: NDArray[np.int8]) -> Float32:
-    """Return scales times codes (n, d) as float32: exact, 8 bits times 7."""
-    factors = from_bf16(np.frombuffer(data, "<u2", count=len(codes)))
+def _dequantise(data: bytes, codes: NDArray[np.int8], draw: Draw) -> Float32:
+    """Return scales times codes (n, d), less the draw, as float32; without one exact, 8 bits times 7."""
+    scales = np.frombuffer(data, "<u2", count=len(codes))
     values = codes.astype(np.float32)
-    values *= factors[:, None]
+    if draw is not None:
+        dither = _uniform(draw, codes.shape)
+        dither -= 0.5
+        dither[scales == _BF16_LEAST] = 0.0  # zeros stay zero
+        values += dither
+    values *= from_bf16(scales)[:, None]
     return values
 
 
-def _pack_int8(x: Array, draw: np.random.Generator | None) -> bytes:
+def _uniform(draw: np.random.Generator, shape: tuple[int, ...]) -> Float32:
+    """Return the draw in [0, 1), the same where a payload is encoded and where it is decoded."""
+    return draw.random(shape, np.float32)
+
+
+def _pack_int8(x: Array, draw: Draw) -> bytes:
     scales, codes = _quantise(x, 127, draw)
     return scales + codes.tobytes()
 
 
-def _unpack_int8(data: bytes, n: int, d: int) -> Array:
-    return _dequantise(data, np.frombuffer(data, np.int8, offset=2 * n).reshape(n, d))
+def _unpack_int8(data: bytes, n: int, d: int, draw: Draw) -> Array:
+    return _dequantise(data, np.frombuffer(data, np.int8, offset=2 * n).reshape(n, d), draw)
 
 
 def _blocks(d: int) -> int:
@@ -178,7 +195,7 @@ def _blocks(d: int) -> int:
     return -(-d // BLOCK)
 
 
-def _pack_int4(x: Array, draw: np.random.Generator | None) -> bytes:
+def _pack_int4(x: Array, draw: Draw) -> bytes:
     n, d = x.shape
     padded = np.pad(as_float32(x), ((0, 0), (0, -d % BLOCK)))
     blocks: Float32 = padded.reshape(n * _blocks(d), BLOCK)
@@ -190,14 +207,14 @@ def _pack_int4(x: Array, draw: np.random.Generator | None) -> bytes:
     return scales + packed.tobytes()
 
 
-def _unpack_int4(data: bytes, n: int, d: int) -> Array:
+def _unpack_int4(data: bytes, n: int, d: int, draw: Draw) -> Array:
     blocks = n * _blocks(d)
     packed = np.frombuffer(data, np.uint8, offset=2 * blocks).reshape(n, (d + 1) // 2)
     codes = np.zeros((n, _blocks(d) * BLOCK), np.int8)
     even, odd = codes[:, :d:2], codes[:, 1:d:2]
     even[:] = (packed << 4).view(np.int8) >> 4  # the shift back extends the sign
     odd[:] = packed.view(np.int8)[:, : d // 2] >> 4
-    values: Float32 = _dequantise(data, codes.reshape(blocks, BLOCK)).reshape(codes.shape)
+    values: Float32 = _dequantise(data, codes.reshape(blocks, BLOCK), draw).reshape(codes.shape)
     return np.ascontiguousarray(values[:, :d])
 
 
