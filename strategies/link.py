@@ -25,6 +25,7 @@ from fedlam_app.models.split import SplitModel, Tokens
 from fedlam_app.tasks.base import Task
 from strategies.embeddings import Embeddings
 
+LARGEST_JACOBIAN = 1e12  # far above any true one; what backward makes of it stays finite in float32
 Ids = NDArray[np.int64]
 Seen = dict[tuple[int, int], NDArray[Any]]  # by (device, sample)
 
@@ -163,6 +164,8 @@ class Link:
             found = FORMATS[wire.jacobian].decode(up.jacobians, rows, self.width, draw)
         if not np.isfinite(found).all():
             raise ValueError("its Jacobians are not finite")
+        if (largest := np.abs(found).max(initial=0.0)) > LARGEST_JACOBIAN:
+            raise ValueError(f"its Jacobians must be at most {LARGEST_JACOBIAN:g}, got {largest:g}")
         return found
 
     # --- helpers ------------------------------------------------------------------------------------

@@ -190,6 +190,7 @@ def longer(data: bytes) -> bytes:
 LIES: dict[str, tuple[Edit, str]] = {
     "nan Jacobian": (lie(jacobians=doubles(np.nan)), "Jacobians are not finite"),
     "infinite Jacobian": (lie(jacobians=doubles(np.inf)), "Jacobians are not finite"),
+    "huge Jacobian": (lie(jacobians=doubles(-1e30)), "Jacobians must be at most 1e.12, got 1e.30"),
     "short Jacobian": (lie(jacobians=lambda data: data[:-8]), "in fp64 has .* bytes, got"),
     "no Jacobian": (lie(jacobians=lambda data: b""), "in fp64 has .* bytes, got 0"),
     "nan embedding": (lie(embeddings=doubles(np.nan)), "embeddings are not finite"),
