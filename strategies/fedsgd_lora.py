@@ -25,6 +25,7 @@ from fedlam_app.base.schedule import learning_rate
 from fedlam_app.base.vectors import Vector
 from strategies.algorithm import Algorithm
 from strategies.clock import durations, slowest
+from strategies.mixing import mixed
 from strategies.server_optimiser import Doubles, ServerOptimiser
 
 
@@ -89,7 +90,7 @@ class FedSgdLora(Algorithm):
 
 
 class Stacked(FedSgdLora):
-    """FedSGD with another combination than the mean: a rule is its ``combine``."""
+    """FedSGD with another combination than the mean: a rule is its ``combine``, after ``robust.mix``."""
 
     def combine(self, devices: Sequence[int], gradients: Doubles, weights: Doubles) -> Doubles:
         """Return one gradient (p,) for the ``gradients`` (n, p) of the devices that answered."""
@@ -100,8 +101,11 @@ class Stacked(FedSgdLora):
         self.weight += weight
 
     def direction(self) -> Doubles:
-        devices, gradients, weights = zip(*self.answers, strict=True)
-        return self.combine(devices, np.stack(gradients), np.array(weights, np.float64))
+        devices, rows, weights = zip(*self.answers, strict=True)
+        gradients, robust = np.stack(rows), self.config.robust  # (n, p)
+        if robust.mix:
+            gradients = mixed(gradients, robust.byzantine)
+        return self.combine(devices, gradients, np.array(weights, np.float64))
 
     def clear(self) -> None:
         self.answers: list[tuple[int, Doubles, float]] = []

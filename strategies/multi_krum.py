@@ -20,9 +20,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.spatial.distance import pdist, squareform
 
 from strategies.fedsgd_lora import Stacked
+from strategies.mixing import square_distances
 from strategies.server_optimiser import Doubles
 
 
@@ -40,8 +40,7 @@ def krum_keeps(gradients: Doubles, byzantine: int) -> list[int]:
     if n < 3:
         return list(range(n))
     keep = n - min(byzantine, (n - 3) // 2) - 2  # at least 1
-    # Differences, not norms and products: one huge vector would cancel the distances of all others away.
-    squares = squareform(pdist(gradients, "sqeuclidean"))  # (n, n)
+    squares = square_distances(gradients)  # (n, n)
     np.fill_diagonal(squares, np.inf)  # nobody is a neighbour of itself
     scores = np.sort(squares, axis=1)[:, :keep].sum(axis=1)  # (n,)
     return np.flatnonzero(scores <= np.sort(scores)[keep - 1]).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -24,6 +25,7 @@ from strategies.clock import durations, slowest
 from strategies.fedbuff import FedBuff
 from strategies.fedsgd_lora import FedSgdLora, Stacked, clipped
 from strategies.median import Median
+from strategies.mixing import mixed
 from strategies.multi_krum import MultiKrum, krum_keeps
 from strategies.norm_clip import NormClip
 from strategies.scaffold import Scaffold
@@ -288,6 +290,43 @@ def test_krum_falls_back_to_the_liars_that_so_few_devices_allow() -> None:
     assert krum_keeps(g, 4) == krum_keeps(g, 1) and 0 not in krum_keeps(g, 1)  # (5 - 3) // 2 = 1
     assert len(krum_keeps(g, 1)) == 5 - 1 - 2
     assert krum_keeps(g[:2], 2) == [0, 1]
+
+
+# --- mixing -----------------------------------------------------------------------------------------------
+
+
+@given(hnp.arrays(np.float64, (7, 3), elements=st.integers(-4, 4)), st.integers(0, 9))
+def test_mixing_averages_the_nearest(g: np.ndarray, f: int) -> None:
+    """By its definition: no mean of n - f gradients that hold g_k lies in a smaller ball around it."""
+    keep, found = 7 - min(f, 3), mixed(g, f)
+    for own, mean in zip(g, found, strict=True):
+        distances = np.sort(((g - own) ** 2).sum(1))
+        reach = distances[keep - 1]
+        sure, maybe = g[((g - own) ** 2).sum(1) < reach], g[((g - own) ** 2).sum(1) == reach]
+        left = keep - len(sure)
+        means = [
+            (sure.sum(0) + maybe[list(some)].sum(0)) / keep
+            for some in itertools.combinations(range(len(maybe)), left)
+        ]
+        assert min(np.abs(mean - other).max() for other in means) < 1e-12
+
+
+@given(HONEST, st.permutations(range(8)))
+def test_mixing_without_liars_is_the_mean_for_everyone(g: np.ndarray, order: list[int]) -> None:
+    np.testing.assert_allclose(mixed(g, 0), np.tile(g.mean(0), (8, 1)), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(mixed(g[order], 0), mixed(g, 0)[order], rtol=1e-9, atol=1e-9)
+
+
+def test_liars_apart_from_the_honest_are_mixed_out() -> None:
+    """Eight honest devices in noise, two far away: every rule but the clipped one is the honest mean."""
+    g = rng(9, "mixing").standard_normal((10, 50))
+    g[[2, 5]] *= -10.0
+    honest = np.delete(g, [2, 5], 0).mean(0)
+    for rule in (Median, TrimmedMean, MultiKrum):
+        algorithm = started(rule, config(robust__mix=True, robust__byzantine=2, train__clip_norm=0.0))
+        for device, own in enumerate(g):
+            algorithm.fold(device, own, 1.0)
+        np.testing.assert_allclose(algorithm.direction(), honest, rtol=1e-9, atol=1e-9)
 
 
 # --- against Flower's strategies --------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class WireConfig(Table):
     jacobian: Literal["fp64", "fp32", "fp16", "bf16", "int8", "int4", "top-k"]
     """Device to server, second cut; ``top-k`` sends the largest elements in fp16, with error feedback."""
     stochastic: bool
-    """Whether integer Jacobians are rounded at random, without bias."""
+    """Whether integer Jacobians are rounded at random, without bias, by a draw that the server subtracts."""
     top_k: Annotated[float, Field(gt=0, le=1)]
     """Share of a Jacobian's elements that ``top-k`` sends."""
     delta: bool
@@ -75,7 +75,10 @@ class RobustConfig(Table):
     """What the robust rules assume."""
 
     byzantine: Natural
-    """Devices that may lie in a step (``multi-krum``)."""
+    """Devices that may lie in a step (``multi-krum``, and all rules with ``robust.mix``)."""
+    mix: bool
+    """Whether a robust rule sees gradients mixed with their nearest neighbours; false is the published rule
+    alone."""
     trim: Annotated[float, Field(ge=0, lt=0.5)]
     """Share cut off at each end of every coordinate (``trimmed-mean``)."""
     clip_norm: Annotated[float, Field(gt=0)]
