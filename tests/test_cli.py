@@ -400,6 +400,13 @@ elif sys.argv[1] == "list":
 """
 
 
+def program(path: Path, text: str, **values: object) -> Path:
+    """Write a program that stands for Flower's command line."""
+    path.write_text(text.format(python=sys.executable, **values), encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
 @pytest.mark.parametrize(
     ("status", "code"), [("finished:completed", 0), ("finished:failed", 1), ("finished:stopped", 1)]
 )
@@ -410,9 +417,7 @@ def test_the_exit_code_is_the_runs_and_not_flowers(
     status: str,
     code: int,
 ) -> None:
-    flwr = tmp_path / "flwr"
-    flwr.write_text(FLWR.format(python=sys.executable, status=status), encoding="utf-8")
-    flwr.chmod(0o755)
+    flwr = program(tmp_path / "flwr", FLWR, status=status)
     monkeypatch.setattr(launch, "_executable", lambda name: str(flwr))
     said: list[str] = []
     config = parse({"results": str(tmp_path / "run")})
@@ -442,9 +447,7 @@ elif sys.argv[1] == "list":
 def test_a_superlink_that_is_late_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, up: int, code: int, tries: int
 ) -> None:
-    flwr = tmp_path / "flwr"
-    flwr.write_text(LATE.format(python=sys.executable, up=up), encoding="utf-8")
-    flwr.chmod(0o755)
+    flwr = program(tmp_path / "flwr", LATE, up=up)
     monkeypatch.setattr(launch, "_executable", lambda name: str(flwr))
     said: list[str] = []
     with monkeypatch.context() as patch:
@@ -455,9 +458,7 @@ def test_a_superlink_that_is_late_is_waited_for(
 
 
 def test_an_interrupt_stops_the_run_in_the_superlink_too(tmp_path: Path) -> None:
-    flwr = tmp_path / "flwr"
-    flwr.write_text(FLWR.format(python=sys.executable, status="running"), encoding="utf-8")
-    flwr.chmod(0o755)
+    flwr = program(tmp_path / "flwr", FLWR, status="running")
     code = (
         "import sys; from fedlam_app import config, launch; launch._executable = lambda name: sys.argv[1];"
         "sys.exit(launch.submit(launch.app_folder(), config.parse({'results': '/runs/1'})))"
