@@ -101,7 +101,9 @@ class BatchedBackbone:
 
         ``jacobians`` (R or B, D) is dl_k/d(representation). The graph is freed.
         """
-        gradients = self._vectors.new_zeros(len(self._rows), self.size)  # (K, p)
+        # numpy's zeros are untouched memory: nothing is written before the gradients are.
+        zeros = np.zeros((len(self._rows), self.size), self._vectors.cpu().numpy().dtype)
+        gradients = torch.from_numpy(zeros).to(self._vectors)  # (K, p)
         values = self._tokens.values
         into_tokens = torch.zeros_like(values) if want_tokens else None
         for chunk in self._chunks:

@@ -149,7 +149,8 @@ class _Linear(torch.autograd.Function):
             a, b = _factors(layer, paths.vectors)
             v = x.new_empty(len(x), layer.rank)
             if paths.shared:
-                v = product(dy, b[0].t()).mul_(layer.scale)  # (N, r)
+                # (B^T dy^T)^T and not dy B: MKL is many times faster at few rows than at few columns.
+                v = (b[0].t() @ dy.t()).t().mul_(layer.scale)  # (N, r)
                 if dx is not None:
                     dx.addmm_(v, a[0])
             else:
@@ -159,10 +160,11 @@ class _Linear(torch.autograd.Function):
                     if dx is not None:
                         dx[start:stop].addmm_(v[start:stop], a[row])
             da, db = _factors(layer, paths.gradients)
-            for start, stop, slot in ctx.runs:
-                da[slot].addmm_(v[start:stop].t(), x[start:stop])
-                # u^T dy and not dy^T u: MKL is many times faster at few rows than at few columns.
-                db[slot].add_((u[start:stop].t() @ dy[start:stop]).t())
+            sizes = [stop - start for start, stop, _ in ctx.runs]
+            parts = (v.t().split(sizes, 1), x.split(sizes), u.t().split(sizes, 1), dy.split(sizes))
+            for (*_, slot), v_k, x_k, u_k, dy_k in zip(ctx.runs, *parts, strict=True):
+                da[slot].addmm_(v_k, x_k)
+                db[slot].add_((u_k @ dy_k).t())
         if ctx.gelu and dx is not None:
             dx = torch.ops.aten.gelu_backward(dx, ctx.saved_tensors[0], approximate=ctx.gelu)
         return dx, None, None, None, None, None
@@ -171,9 +173,10 @@ class _Linear(torch.autograd.Function):
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T for gradients, (N, in) and (out, in) -> (N, out), by the fastest library that torch carries.
 
-    In float32 on CPUs that is oneDNN, which uses AVX-512 on every maker's CPU; MKL, torch's own choice,
-    does so on Intel's only (measured on AMD: 215 against 95 GFLOP/s a core). Forward stays with torch's
-    choice: the same products as peft's give the same representations, and the gradients agree to 1e-6.
+    In float32 on CPUs with AVX-512 that is oneDNN, which uses it on every maker's; MKL, torch's own choice,
+    does so on Intel's only (measured on AMD: 215 against 95 GFLOP/s a core). Without AVX-512 MKL is faster.
+    Forward stays with torch's choice: the same products as peft's give the same representations, and the
+    gradients agree to 1e-6.
     """
     if not (_ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu"):
         return x @ weight.t()
@@ -213,5 +216,7 @@ def _factors(layer: Layer, vectors: Tensor) -> tuple[Tensor, Tensor]:
     return a, vectors[:, layer.b].unflatten(1, (out, layer.rank))
 
 
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_ONEDNN = torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(
+    torch.ops.mkldnn, "_linear_pointwise"
+)
 _LONGEST_SUM = 512  # oneDNN sums a row in one chain: shorter ones round less
