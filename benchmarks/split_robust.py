@@ -20,7 +20,7 @@ from benchmarks.split_runs import BASE, Flat, call, done, federated, in_parallel
 SEEDS = (1, 2, 3)
 ROBUST = ("median", "trimmed-mean", "multi-krum")
 TEXTS = 4096
-TEN: Flat = {"train.devices": 10, "train.batch-rows": 16, "train.rounds": 77}
+TEN: Flat = {"train.devices": 10, "train.batch-rows": 16, "train.rounds": 77, "split.kept-tokens": 8192}
 HOW: dict[str, Flat] = {
     "clean": {},
     "attacked": {"faults.attack": "sign-flip", "faults.attackers": 2, "faults.attack-scale": 10.0},
@@ -34,9 +34,9 @@ def main() -> int:
     # (rule, how it is made worse, its keys, seeds)
     wanted: list[tuple[str, str, Flat, tuple[int, ...]]] = [
         ("fedsgd-lora", "30 % vanish", {}, SEEDS),
-        *((rule, "attacked", {}, SEEDS[:2]) for rule in ROBUST),
         ("fedsgd-lora", "attacked", {}, SEEDS[:1]),
-        *((rule, "attacked", PLAIN, SEEDS[:1]) for rule in ROBUST),
+        *((rule, "attacked", {}, SEEDS[:2]) for rule in ROBUST),
+        *((rule, "attacked", PLAIN, SEEDS[:1]) for rule in ROBUST[:2]),
     ]
     with tempfile.TemporaryDirectory() as folder:
         unseen = many_unseen(Path(folder), TEXTS)
