@@ -102,7 +102,7 @@ class BatchedBackbone:
         ``jacobians`` (R or B, D) is dl_k/d(representation). The graph is freed.
         """
         # numpy's zeros are untouched memory: nothing is written before the gradients are.
-        zeros = np.zeros((len(self._rows), self.size), self._vectors.cpu().numpy().dtype)
+        zeros = np.zeros((len(self._rows), self.size), self._vectors[:0].cpu().numpy().dtype)
         gradients = torch.from_numpy(zeros).to(self._vectors)  # (K, p)
         values = self._tokens.values
         into_tokens = torch.zeros_like(values) if want_tokens else None
