@@ -39,6 +39,7 @@ from fedlam_app.tables.split import (
     SplitConfig,
     WireConfig,
 )
+from fedlam_app.tables.wireless import FleetConfig, SelectionConfig, WirelessConfig
 
 __all__ = [
     "CLASSICAL",
@@ -99,6 +100,9 @@ class RunConfig(Table):
     robust: RobustConfig
     fedbuff: AsyncConfig
     faults: FaultsConfig
+    fleet: FleetConfig
+    wireless: WirelessConfig
+    selection: SelectionConfig
     federation: FederationConfig
     case_study: CaseStudyConfig
     compare: CompareConfig
