@@ -112,8 +112,9 @@ def _error(task: ChannelPrediction, config: RunConfig, lr: float) -> float:
     # Round 3 of many: past the warm-up, at the full rate.
     train = config.train.model_copy(update={"lr": lr, "rounds": 1000})
     torch.manual_seed(SEED)
+    parameters = list(model.trainable().values())
     local_steps(
-        lambda step: task.loss(model, task.batch(0, 1, step)), list(model.trainable().values()), train, 3
+        lambda step: task.loss(model, task.batch(0, 1, step)), parameters, train, 3, train.local_steps
     )
     model.eval()
     antennas = config.train.evaluate_antennas

@@ -21,12 +21,15 @@ from clients.loop import local_steps
 from clients.memory import Kept, Memory
 from fedlam_app.base.keys import seed_of
 from fedlam_app.base.layout import expand, factors_at
+from fedlam_app.base.packing import Answer, distance
 from fedlam_app.base.records import EvaluateOrder, TrainOrder, cut
 from fedlam_app.base.vectors import Vector, pack, unpack
 from fedlam_app.config import RunConfig
 from fedlam_app.models.factors import layout_of, merge, probe
 from fedlam_app.models.split import SplitModel
 from fedlam_app.tasks.base import Task
+
+NOTHING: Vector = np.zeros(0, np.float32)  # what a polled device hands in
 
 
 class Worker:
@@ -54,7 +57,7 @@ class Worker:
     def train(self, vector: Vector, device: int, round: int) -> tuple[Vector, float]:
         """Return a device's vector (p,) after its local steps from ``vector``, and their mean loss."""
         unpack(vector, self.parameters)
-        loss = self._steps(device, round, "a+b+other", 0.0)
+        loss = self._steps(device, round, self.config.train.local_steps, "a+b+other", 0.0)
         return pack(self.parameters), loss
 
     def evaluate(self, vector: Vector, chunk: int, antennas: int) -> NDArray[np.float64]:
@@ -63,13 +66,22 @@ class Worker:
         self.model.eval()
         return self.task.evaluate(self.model, chunk, antennas)
 
-    def obey(self, order: TrainOrder, place: int) -> tuple[Vector, float]:
-        """Return what the ``place``-th device of an order hands in, and the mean loss of its local steps."""
-        device, round = order.devices[place], order.round
+    def obey(self, order: TrainOrder, place: int) -> Answer:
+        """Return what the ``place``-th device of an order hands in."""
+        device, steps = order.devices[place], order.steps[place]
         self.bring(order.first, order.kinds, order.entry_ranks, order.entries)
         sent = cut(order.vectors, order.sizes)[order.rows[place]]
-        if order.compact:
-            return self._train_compact(sent, device, round)
+        work = self._compact_work if order.compact else self._work
+        vector, start, loss = work(order, place, sent)
+        weight = self.task.examples(device) * order.factors[place]
+        if steps == 0:
+            return Answer(device, vector, weight, loss, 0.0)
+        vector = tampered(self.config, device, vector)
+        return Answer(device, vector, weight, loss, 0.0 if order.probe else distance(vector, start))
+
+    def _work(self, order: TrainOrder, place: int, sent: Vector) -> tuple[Vector, Vector, float]:
+        """Train or poll; return what comes back, where that began, and the loss."""
+        device, round, steps = order.devices[place], order.round, order.steps[place]
         has, keeps = self.layout.within(order.ranks[place]), self.layout.part(order.keeps)
         start = np.where(has & keeps, self.initial, np.float32(0))
         start[has & ~keeps] = sent
@@ -77,15 +89,17 @@ class Worker:
         if own.any() and (known := order.known[place]):
             start[own] = self.memory.load(device, known)["kept"]
         unpack(start, self.parameters)
+        if steps == 0:
+            return NOTHING, NOTHING, self._polled(device, round)
         if order.probe:
-            vector, loss = probe(self.model, self.layout, lambda: self._first_loss(device, round)), 0.0
+            vector, loss = probe(self.model, self.layout, lambda: self._probed(device, round)), 0.0
         else:
-            loss = self._steps(device, round, order.trains, order.proximal)
+            loss = self._steps(device, round, steps, order.trains, order.proximal)
             vector = pack(self.parameters)
         if own.any():
             self.memory.save(device, round, {"kept": vector[own]}, parent=order.known[place])
-        sent_back = vector[has & self.layout.part(order.returns)]
-        return tampered(self.config, device, sent_back), loss
+        returned = has & self.layout.part(order.returns)
+        return vector[returned], start[returned], loss
 
     def score(self, order: EvaluateOrder, place: int) -> NDArray[np.float64]:
         """Return the task's sums of the ``place``-th pair of an order, (owners or 1, users, columns)."""
@@ -131,7 +145,7 @@ class Worker:
                 self._basis = vector
             self._applied += 1
 
-    def _steps(self, device: int, round: int, trains: str, proximal: float) -> float:
+    def _steps(self, device: int, round: int, steps: int, trains: str, proximal: float) -> float:
         """Train the parts that the plan names, in place."""
         chosen = self.layout.part(trains)
         start, trained = 0, []
@@ -141,32 +155,40 @@ class Worker:
             start += parameter.numel()
         try:
             return local_steps(
-                self._losses(device, round), trained, self.config.train, round, proximal=proximal
+                self._losses(device, round), trained, self.config.train, round, steps, proximal=proximal
             )
         finally:
             for parameter in self.parameters:
                 parameter.requires_grad_(True)
 
-    def _train_compact(self, sent: Vector, device: int, round: int) -> tuple[Vector, float]:
-        """Train Fed-SB's squares between the two fixed factors."""
+    def _compact_work(self, order: TrainOrder, place: int, sent: Vector) -> tuple[Vector, Vector, float]:
+        """Train or poll Fed-SB's squares between the two fixed factors."""
         assert self._basis is not None
+        device, round, steps = order.devices[place], order.round, order.steps[place]
         compact = Compact(self.named, self.layout, factors_at(self.layout, self._basis, self.layout.rank))
         compact.load(sent)
+        if steps == 0:
+            return NOTHING, NOTHING, self._polled(device, round)
         loss = local_steps(
             self._losses(device, round),
             compact.parameters,
             self.config.train,
             round,
+            steps,
             before_step=compact.pull,
             after_step=compact.push,
         )
-        return tampered(self.config, device, compact.vector()), loss
+        return compact.vector(), sent, loss
 
     def _losses(self, device: int, round: int) -> Callable[[int], torch.Tensor | None]:
         """Return the loss of a local step; ``None`` where its batch is empty."""
         self.model.train()
         # Dropout is the one draw that torch makes by itself: key it too.
-        torch.manual_seed(seed_of(self.config.seed, "dropout", device, round))
+        seed = seed_of(self.config.seed, "dropout", device, round)
+        # Not torch.manual_seed: it asks every kind of accelerator, which takes as long as a small step.
+        torch.default_generator.manual_seed(seed)
+        if self.model.device.type == "cuda":
+            torch.cuda.manual_seed_all(seed)
 
         def loss(step: int) -> torch.Tensor | None:
             batch = self.task.batch(device, round, step)
@@ -174,12 +196,22 @@ class Worker:
 
         return loss
 
-    def _first_loss(self, device: int, round: int) -> torch.Tensor:
+    def _first_loss(self, device: int, round: int) -> torch.Tensor | None:
+        """Return the loss of a round's first batch that is not empty; ``None`` where all are."""
         loss = self._losses(device, round)
-        for step in range(self.config.train.local_steps):
-            if (value := loss(step)) is not None:
-                return value
-        raise ValueError(f"device {device} has no batch in round {round} to take a gradient of")
+        values = (loss(step) for step in range(self.config.train.local_steps))
+        return next((value for value in values if value is not None), None)
+
+    def _probed(self, device: int, round: int) -> torch.Tensor:
+        if (value := self._first_loss(device, round)) is None:
+            raise ValueError(f"device {device} has no batch in round {round} to take a gradient of")
+        return value
+
+    def _polled(self, device: int, round: int) -> float:
+        """Return the loss that training would begin with, at the resident vector; NaN without any batch."""
+        with torch.no_grad():
+            value = self._first_loss(device, round)
+        return float("nan") if value is None else value.item()
 
 
 def _replaced(vector: Vector, own: NDArray[np.bool_], kept: NDArray[np.generic] | None) -> Vector:

@@ -1,4 +1,4 @@
-"""The one local optimisation loop: a few AdamW steps on keyed batches.
+"""The one local optimisation loop: a few steps of AdamW, or of plain gradient descent, on keyed batches.
 
 A client keeps nothing between rounds: the optimiser starts fresh, so that any worker can train any
 device, a killed run continues from the global vector alone, and no moments cross the wire.
@@ -23,26 +23,21 @@ def local_steps(
     parameters: list[torch.nn.Parameter],
     train: TrainConfig,
     round: int,
+    steps: int,
     *,
     proximal: float = 0.0,
     before_step: Callable[[], None] = lambda: None,
     after_step: Callable[[], None] = lambda: None,
 ) -> float:
-    """Run ``train.local_steps`` steps on ``loss(step)`` in place; return the mean loss of the steps.
+    """Run ``steps`` steps on ``loss(step)`` in place; return the mean loss of the steps.
 
     A loss of ``None`` is an empty batch: no step. ``before_step`` and ``after_step`` stand around the
     optimiser's, for parameters that are not the model's own.
     """
-    optimiser = torch.optim.AdamW(
-        parameters,
-        lr=learning_rate(train.lr, train.rounds, round),
-        betas=(0.9, 0.99),  # a second moment that settles within a round's few steps
-        weight_decay=train.weight_decay,
-        foreach=True,
-    )
+    optimiser = _optimiser(parameters, train, learning_rate(train.lr, train.rounds, round))
     start = [p.detach().clone() for p in parameters] if proximal else []
     losses = []
-    for step in range(train.local_steps):
+    for step in range(steps):
         optimiser.zero_grad(set_to_none=True)
         value = loss(step)
         if value is None:
@@ -58,3 +53,14 @@ def local_steps(
         after_step()
         losses.append(value.item())
     return sum(losses) / max(1, len(losses))
+
+
+def _optimiser(
+    parameters: list[torch.nn.Parameter], train: TrainConfig, rate: float
+) -> torch.optim.Optimizer:
+    """Return the optimiser that ``train.optimiser`` names; in both the weights decay by rate x decay."""
+    decay = train.weight_decay
+    if train.optimiser == "sgd":
+        return torch.optim.SGD(parameters, lr=rate, weight_decay=decay, foreach=True)
+    # A second moment that settles within a round's few steps.
+    return torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=decay, foreach=True)

@@ -12,12 +12,13 @@ from fedlam_app import rules_split
 from fedlam_app.base.registry import pick
 from fedlam_app.config import CLASSICAL, ConfigError, RunConfig, parse, to_flat
 from fedlam_app.experiments.cells import cells_of
-from fedlam_app.rules import TEXT_TASKS, has_backbone
+from fedlam_app.rules import MIXTURE, TEXT_TASKS, about_channels, has_backbone, without_backbone
 
 BASELINES = {
     "channel-prediction": CLASSICAL,
     "text-classification": ("majority", "linear-probe"),
     "language-modelling": ("majority",),
+    "mixture": ("majority", "linear-probe"),
 }
 LORA_BY_NAME = ("fedit",)  # the same rule as 'fedavg-lora', which may train layer norms too
 NO_COHORT = ("local", "central")  # each device alone, or one that has everything
@@ -33,7 +34,7 @@ def check(config: RunConfig) -> None:
     try:
         pick(TASKS, config.task, "task")
         pick(ALGORITHMS, config.strategy, "strategy")
-        if config.task not in TEXT_TASKS:
+        if about_channels(config):
             pick(PREDICTORS, config.model.name, "model.name")
         if config.job == "compare":
             known = {**ALGORITHMS, **dict.fromkeys(BASELINES.get(config.task, ()))}
@@ -56,7 +57,7 @@ def check_files(config: RunConfig) -> None:
     try:
         if config.task in TEXT_TASKS:
             _texts(config)
-        elif config.data.source != "sionna" or config.data.test_source:
+        elif about_channels(config) and (config.data.source != "sionna" or config.data.test_source):
             from fedlam_app.data.sources import check_files as channels
 
             channels(config.data, config.seed)
@@ -88,7 +89,7 @@ def _is_split(config: RunConfig) -> bool:
 def _of_the_case_study(config: RunConfig) -> Iterator[str]:
     """Yield what the case study is not about: it compares numbers of servers that predict channels."""
     other = "it must be {}, or the job 'train' or 'compare'"
-    if config.task in TEXT_TASKS:
+    if not about_channels(config):
         yield (
             f"'task' = '{config.task}' is not allowed with 'job' = 'case-study', which is about channels; "
             + other.format("'channel-prediction'")
@@ -130,17 +131,15 @@ def _combined(config: RunConfig) -> Iterator[str]:
             f"'model.precision' = 'float64' is not allowed with 'strategy' = '{name}', whose vectors travel"
             " as float32; it must be 'float32', or the strategy one of gradient space"
         )
-    if name == "fedavg-full" and model.tuning != "full":
+    if name == "fedavg-full" and model.tuning != "full" and config.task != MIXTURE:
         yield (
             f"'model.tuning' = '{model.tuning}' is not allowed with 'strategy' = 'fedavg-full', which trains"
             " everything; it must be 'full'"
         )
     if rule.lora or name in LORA_BY_NAME:
         if not has_backbone(config):
-            yield (
-                f"'strategy' = '{name}' needs LoRA, and 'model.name' = '{model.name}' has no backbone to"
-                " adapt; the name must be 'llm4cp-clean' or 'llm4cp'"
-            )
+            what, remedy = without_backbone(config)
+            yield f"'strategy' = '{name}' needs LoRA, and {what} has no backbone to adapt; {remedy}"
         if model.tuning != "lora":
             yield (
                 f"'model.tuning' = '{model.tuning}' is not allowed with 'strategy' = '{name}', which works on"

@@ -94,19 +94,27 @@ def report(folder: Annotated[Path, typer.Argument(help="A run's results folder."
 
 @app.command("ls")
 def list_names() -> None:
-    """List strategies, tasks, models, backbones, and every configuration key with its default."""
+    """List strategies, policies, tasks, models, and every configuration key with its default."""
+    from typing import get_args
+
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from fedlam_app import config
     from fedlam_app.models import backbones, predictors
+    from fedlam_app.tables.wireless import SelectionConfig
     from fedlam_app.tasks import TASKS
+    from fedlam_app.wireless.shares import ALLOCATORS
     from strategies import ALGORITHMS
+    from strategies.selection import POLICIES
 
     names = Table(show_header=False, box=None, padding=(0, 2))
     for kind, found in (
         ("strategies", ALGORITHMS),
+        ("policies", POLICIES),
+        ("modes", get_args(SelectionConfig.model_fields["mode"].annotation)),
+        ("allocators", ALLOCATORS),
         ("tasks", TASKS),
         ("models", predictors.PREDICTORS),
         ("backbones", backbones.NAMES),

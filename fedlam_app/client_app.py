@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 from flwr.app import Context, Message, RecordDict
@@ -21,12 +22,14 @@ from flwr.clientapp import ClientApp
 from clients.adapter import Worker
 from clients.faults import vanishes
 from clients.split import SplitDevice
+from fedlam_app.base.packing import gathered
 from fedlam_app.base.records import (
     EvaluateOrder,
     EvaluateReport,
     ModulesOrder,
     ModulesReport,
     Report,
+    SiteReport,
     SplitOrder,
     SplitReport,
     TrainOrder,
@@ -56,23 +59,22 @@ def evaluate(message: Message, context: Context) -> Message:
     return _answer(message, context, {"EvaluateOrder": _evaluate})
 
 
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """Answer a ``SiteOrder``: which device this SuperNode is, as its operator says."""
+    device = context.node_config.get("partition-id")
+    if not isinstance(device, int):
+        return refuse(f"'partition-id' = {device!r} in this site's --node-config is no device", message)
+    return reply(SiteReport(device=device), message)
+
+
 def _train(content: RecordDict, base: str) -> TrainReport:
     order = decode(content, TrainOrder)
     worker = _worker(base, order.cell)
     started = time.process_time()
     here = [p for p, k in enumerate(order.devices) if not vanishes(worker.config, k, order.round)]
-    results = [worker.obey(order, place) for place in here]
-    vectors, sizes = join([vector for vector, _ in results], np.float32)
-    devices = [order.devices[place] for place in here]
-    return TrainReport(
-        devices=devices,
-        weights=[float(worker.task.examples(device)) for device in devices],
-        losses=[loss for _, loss in results],
-        cpu_s=time.process_time() - started,
-        peak_rss_bytes=peak_rss_bytes(),
-        vectors=vectors,
-        sizes=sizes,
-    )
+    report = gathered(order, (worker.obey(order, place) for place in here))
+    return replace(report, cpu_s=time.process_time() - started, peak_rss_bytes=peak_rss_bytes())
 
 
 def _split(content: RecordDict, base: str) -> SplitReport:
@@ -151,12 +153,20 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def _keep_to_its_own(message: Message, context: Context) -> None:
+    """Refuse work for other devices where a SuperNode is a site: it may have restarted as another device."""
+    own, asked = context.node_config.get("partition-id"), message.content.config_records["config"]
+    if context.run_config.get("federation.placement") == "sites" and asked.get("devices", [own]) != [own]:
+        raise ValueError(f"this site is device {own}")
+
+
 def _answer(
     message: Message, context: Context, known: Mapping[str, Callable[[RecordDict, str], Report]]
 ) -> Message:
     """Do the work; a failure travels back as one sentence that names the place, not as silence."""
     run_config: dict[str, Scalar] = dict(context.run_config)
     try:
+        _keep_to_its_own(message, context)
         work = pick(known, kind_of(message.content), "order")
         return reply(work(message.content, json.dumps(run_config, sort_keys=True)), message)
     except Exception as error:

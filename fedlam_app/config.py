@@ -22,7 +22,7 @@ from fedlam_app import rules
 from fedlam_app.base.registry import did_you_mean
 from fedlam_app.base.sentence import allowed, field_of, sentence
 from fedlam_app.tables.base import SCENARIOS, Table
-from fedlam_app.tables.data import DataConfig, ModelConfig, TextConfig
+from fedlam_app.tables.data import DataConfig, MixtureConfig, ModelConfig, TextConfig
 from fedlam_app.tables.jobs import (
     CLASSICAL,
     COMPETITORS,
@@ -48,6 +48,7 @@ __all__ = [
     "CaseStudyConfig",
     "ConfigError",
     "DataConfig",
+    "MixtureConfig",
     "ModelConfig",
     "RunConfig",
     "Scalar",
@@ -92,6 +93,7 @@ class RunConfig(Table):
     """Where tensors live; auto takes CUDA where there is one."""
     data: DataConfig
     text: TextConfig
+    mixture: MixtureConfig
     model: ModelConfig
     train: TrainConfig
     split: SplitConfig

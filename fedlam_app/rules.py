@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedlam_app import rules_wireless
 from fedlam_app.base.registry import did_you_mean
 
 if TYPE_CHECKING:
     from fedlam_app.config import RunConfig
 
 TEXT_TASKS = ("text-classification", "language-modelling")
+MIXTURE = "mixture"  # a perceptron on made points: neither channels, nor texts, nor a backbone
 TEXT_SOURCES = ("rotten-tomatoes", "bbc-news")  # those that have a name; others are paths, or hub:OWNER/NAME
 CAUSAL = ("smollm2", "gpt2", "random-gpt2")  # a token sees itself and what came before it
 NOT_CAUSAL = ("minilm", "random", "none")
@@ -26,7 +28,8 @@ _SLACK = 1e-9  # 20 shards of 0.05 are one whole, whatever the rounding
 
 def broken(config: RunConfig) -> str | None:
     """Return what makes ``config`` impossible, in one sentence, or ``None``."""
-    for rule in (_ranges, _repeats, _shards, _partition, _model, _text, _devices, _ranks, _faults, _paths):
+    own = (_ranges, _repeats, _shards, _partition, _model, _text, _devices, _ranks, _faults, _paths)
+    for rule in (*own, rules_wireless.broken):
         for sentence in rule(config):
             return sentence
     return None
@@ -38,13 +41,26 @@ def results_folder(config: RunConfig) -> Path:
 
 
 def has_backbone(config: RunConfig) -> bool:
-    """Whether the model stands around a transformer: a small channel predictor does not."""
-    return config.task in TEXT_TASKS or config.model.name.startswith("llm4cp")
+    """Whether the model stands around a transformer: a small channel predictor and a perceptron do not."""
+    return config.task in TEXT_TASKS or (about_channels(config) and config.model.name.startswith("llm4cp"))
+
+
+def about_channels(config: RunConfig) -> bool:
+    """Whether ``data`` and ``model.name`` say what is learned from what."""
+    return config.task not in TEXT_TASKS and config.task != MIXTURE
+
+
+def without_backbone(config: RunConfig) -> tuple[str, str]:
+    """Return, for a refusal, the key and value that leave no backbone, and what is allowed instead."""
+    if config.task == MIXTURE:
+        remedy = "the strategy must be one of adapter space that needs no LoRA, such as 'fedavg-lora'"
+        return f"'task' = '{MIXTURE}'", remedy
+    return f"'model.name' = '{config.model.name}'", "the name must be 'llm4cp-clean' or 'llm4cp'"
 
 
 def _ranges(config: RunConfig) -> Iterator[str]:
     data = config.data
-    if config.task in TEXT_TASKS:
+    if not about_channels(config):
         return  # nothing of ``data`` but its cache is used
     for low_key, low, high_key, high in (
         ("data.speed-min-kmh", data.speed_min_kmh, "data.speed-max-kmh", data.speed_max_kmh),
@@ -72,7 +88,7 @@ def _repeats(config: RunConfig) -> Iterator[str]:
 
 def _shards(config: RunConfig) -> Iterator[str]:
     data, share = config.data, config.data.share
-    if config.task in TEXT_TASKS:
+    if not about_channels(config):
         return
     if config.job == "case-study":
         key, servers = "case-study.servers", max(config.case_study.servers)
@@ -97,7 +113,7 @@ def _shards(config: RunConfig) -> Iterator[str]:
 
 def _partition(config: RunConfig) -> Iterator[str]:
     data = config.data
-    if data.source != "sionna" or config.task in TEXT_TASKS:
+    if data.source != "sionna" or not about_channels(config):
         return
     if data.partition == "scenario" and len(data.scenarios) == 1:
         yield (
@@ -109,8 +125,8 @@ def _partition(config: RunConfig) -> Iterator[str]:
 
 
 def _model(config: RunConfig) -> Iterator[str]:
-    model, texts = config.model, config.task in TEXT_TASKS
-    if model.anchor == "ar" and not texts and model.name != "llm4cp-clean":
+    model = config.model
+    if model.anchor == "ar" and about_channels(config) and model.name != "llm4cp-clean":
         yield (
             f"'model.anchor' = 'ar' is not allowed with 'model.name' = '{model.name}';"
             " it must be 'none', or the name 'llm4cp-clean'"
@@ -188,7 +204,8 @@ def _ranks(config: RunConfig) -> Iterator[str]:
             " it must be empty"
         )
     if not has_backbone(config):
-        yield f"{key} is not allowed with 'model.name' = '{model.name}', which has no ranks; it must be empty"
+        what, _ = without_backbone(config)
+        yield f"{key} is not allowed with {what}, which has no ranks; it must be empty"
     if max(ranks) != model.rank:
         yield (
             f"{key} with 'model.rank' = {model.rank} is not allowed: the largest must be 'model.rank',"
@@ -212,7 +229,7 @@ def _faults(config: RunConfig) -> Iterator[str]:
 def _paths(config: RunConfig) -> Iterator[str]:
     data = config.data
     channels: dict[str, str] = {}
-    if config.task not in TEXT_TASKS:
+    if about_channels(config):
         channels["data.test-source"] = data.test_source
         if data.source != "sionna":
             channels["data.source"] = data.source

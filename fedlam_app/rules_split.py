@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fedlam_app.rules import TEXT_TASKS, has_backbone
+from fedlam_app.rules import TEXT_TASKS, has_backbone, without_backbone
 
 if TYPE_CHECKING:
     from fedlam_app.config import RunConfig
@@ -33,9 +33,10 @@ def takes_part(config: RunConfig) -> int:
 def _server(config: RunConfig) -> Iterator[str]:
     model, strategy = config.model, config.strategy
     if not has_backbone(config):
+        what, remedy = without_backbone(config)
         yield (
-            f"'strategy' = '{strategy}' is not allowed with 'model.name' = '{model.name}', which has no"
-            " backbone to stay on the edge server; the name must be 'llm4cp-clean' or 'llm4cp'"
+            f"'strategy' = '{strategy}' is not allowed with {what}, which has no backbone to stay on the"
+            f" edge server; {remedy}"
         )
     if model.backbone == "none":
         yield (

@@ -53,6 +53,7 @@ class Algorithm:
     space: ClassVar[str] = "adapter"
     lora: ClassVar[bool] = False  # needs LoRA factors
     unlike_ranks: ClassVar[bool] = False  # devices may have ranks of their own
+    linear: ClassVar[bool] = False  # the step depends on the weighted sum of the vectors alone: see fold_sum
     sequential: ClassVar[bool] = False  # gradients are taken one device at a time, at the newest model
     foresees: ClassVar[bool] = True  # the next step's cohort does not depend on how this one went
     state_names: ClassVar[
@@ -65,6 +66,7 @@ class Algorithm:
     def init(self, vector: Vector, devices: Sequence[int], layout: Layout) -> None:
         """Start every device from ``vector`` (p,)."""
         self.vector, self.devices, self.layout = vector, list(devices), layout
+        self._ids = np.asarray(self.devices, np.int64)
 
     def cohort(self, number: int) -> list[int]:
         """Return the devices of step ``number`` (1-based), in ascending order; all of them by default."""
@@ -72,7 +74,7 @@ class Algorithm:
         if not 0 < wanted < len(self.devices):
             return list(self.devices)
         draw = rng(self.config.seed, "cohort", number)
-        return sorted(draw.choice(self.devices, wanted, replace=False).tolist())
+        return sorted(draw.choice(self._ids, wanted, replace=False).tolist())
 
     def rows(self, cohort: Sequence[int]) -> list[int]:
         """Return, for each device, the row of ``models()`` that it starts from."""
@@ -87,8 +89,20 @@ class Algorithm:
         ranks = self.config.train.ranks
         return ranks[device % len(ranks)] if ranks else self.layout.rank
 
+    def ranks(self) -> NDArray[np.int64]:
+        """Return the LoRA ranks (N,) of all devices, in their order."""
+        own = self.config.train.ranks or (self.layout.rank,)
+        return np.array(own, np.int64)[self._ids % len(own)]
+
     def fold(self, device: int, vector: Vector, weight: float) -> None:
         """Take in one device's result (p,); called in the order of the devices."""
+        raise NotImplementedError
+
+    def fold_sum(self, total: NDArray[np.float64], weight: float) -> None:
+        """Take in sum_k w_k v_k (p,) and sum_k w_k of several devices instead of each one's result.
+
+        Called where the rule is ``linear``, in the order of the devices.
+        """
         raise NotImplementedError
 
     def step(self) -> None:

@@ -2,12 +2,14 @@
 
 N logical devices live on W SuperNodes: a message carries a contiguous slice of devices, and its reply is
 taken in the order of sending, whatever the order of arrival and whatever W is, so the result depends on
-neither. What a message says is the business of the two rounds built on this: ``adapter_round.py`` (devices
-train the whole model) and ``split_lora.py`` (the large model stays on the edge server).
+neither. Where each SuperNode is one device, it gets its own work alone (``sites.py``). What a message says is
+the business of the two rounds built on this: ``adapter_round.py`` (devices train the whole model) and
+``split_lora.py`` (the large model stays on the edge server).
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,10 +34,12 @@ from fedlam_app.base.records import (
     decode,
     order,
 )
+from fedlam_app.tables.jobs import FederationConfig
 from strategies.algorithm import Algorithm
+from strategies.hands import Hands, without_radio
+from strategies.sites import Sites, exchange, wait_for_nodes
 
 OWNERS = 10  # devices with a part of their own that an evaluation scores, the first ones
-PULL_INTERVAL_S = 0.01  # Flower's default of 0.1 s would quantise short rounds
 
 R = TypeVar("R", bound=Report)
 Packed = Sequence[tuple[int, TrainOrder | SplitOrder | ModulesOrder]]  # (SuperNode, what it shall do)
@@ -60,15 +64,23 @@ class Federation(Strategy):
     """Runs an ``Algorithm`` over devices that live on SuperNodes."""
 
     def __init__(
-        self, algorithm: Algorithm, cell: str, devices: Sequence[int], supernodes: int, timeout_s: float
+        self,
+        algorithm: Algorithm,
+        cell: str,
+        devices: Sequence[int],
+        where: FederationConfig,
+        hands: Hands | None = None,
     ) -> None:
         self.algorithm = algorithm
+        self.hands = hands or without_radio(algorithm)
         self.cell = cell  # JSON of the configuration overrides that define this experiment
         self.devices = list(devices)
-        self.supernodes = supernodes
-        self.timeout_s = timeout_s
+        self.supernodes = where.supernodes
+        self.timeout_s = where.timeout_s
+        self.sites = Sites(devices) if where.placement == "sites" else None
         self.cost = Cost()
         self.loss = float("nan")  # weighted mean loss of the last round's steps
+        self._complete = False  # whether all SuperNodes that are expected have been there
         self._orders: Packed = []
         self._take: Callable[[Message], None] = lambda message: None
         self._slowest_s = 0.0
@@ -97,10 +109,15 @@ class Federation(Strategy):
         """Score every current model on the evaluation chunks: (models, users, columns), chunk by chunk."""
         self.cost = Cost()
         self._evaluation = (chunks, antennas)
-        messages = self.configure_evaluate(0, ArrayRecord(), ConfigRecord(), grid)
-        self.aggregate_evaluate(0, _in_order(grid, messages, self.timeout_s))
+        messages = list(self.configure_evaluate(0, ArrayRecord(), ConfigRecord(), grid))
+        replies = list(exchange(grid, messages, self.timeout_s))
+        self.aggregate_evaluate(0, self._elsewhere(grid, messages, replies))
         assert self._tables is not None
         return self._tables
+
+    def seconds(self) -> float:
+        """Return the virtual time so far."""
+        return self.hands.participation.seconds()
 
     def ask(self, grid: Grid, number: int, orders: Packed, kind: type[R], take: Callable[[R], None]) -> None:
         """Send orders and ``take`` the reports in the order of sending; failures are named and left out."""
@@ -120,14 +137,27 @@ class Federation(Strategy):
         self._take = read
         started = time.monotonic()
         messages = self.configure_train(number, ArrayRecord(), ConfigRecord(), grid)
-        self.aggregate_train(number, _in_order(grid, messages, self.timeout_s))
+        self.aggregate_train(number, exchange(grid, messages, self.timeout_s))
         self.cost.exchanges += 1
         self.cost.exchange_s += time.monotonic() - started
         self.cost.waited_s += self._slowest_s
 
+    def shares(self, grid: Grid, devices: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+        """Yield (SuperNode, its devices): contiguous slices, or each device at its own site."""
+        if self.sites is None:
+            for node, slots in self.slices(grid, len(devices)):
+                yield node, [devices[slot] for slot in slots]
+            return
+        at = self.sites.places(grid, self._nodes(grid), self.timeout_s, self.failed)
+        for device in devices:
+            if device in at:
+                yield at[device], [device]
+            else:
+                self.failed(f"device {device} was left out: no SuperNode answers for it")
+
     def slices(self, grid: Grid, items: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
         """Cut ``items`` slots into contiguous slices, one for each SuperNode."""
-        nodes = wait_for_nodes(grid, self.supernodes, self.timeout_s)
+        nodes = self._nodes(grid)
         cut = np.array_split(np.arange(items), min(len(nodes), items)) if items else []
         yield from zip(nodes, cut, strict=False)
 
@@ -194,42 +224,32 @@ class Federation(Strategy):
         log(INFO, "\t├──> Rule: %s", type(self.algorithm).__name__)
         log(INFO, "\t└──> Devices: %d on %d SuperNodes", len(self.devices), self.supernodes)
 
+    def _nodes(self, grid: Grid) -> list[int]:
+        """Return the SuperNodes that are there: all that are expected at first, and then whoever is left."""
+        nodes = wait_for_nodes(grid, 1 if self._complete else self.supernodes, self.timeout_s)
+        self._complete = True
+        return nodes if self.sites is not None else nodes[: self.supernodes]
+
+    def _elsewhere(self, grid: Grid, messages: list[Message], replies: list[Message]) -> list[Message]:
+        """Send what came back as an error to other SuperNodes, once; an evaluation can be done by any."""
+        lost = [place for place, message in enumerate(replies) if message.has_error()]
+        bad = {messages[place].metadata.dst_node_id for place in lost}
+        nodes = [node for node in sorted(grid.get_node_ids()) if node not in bad] if lost else []
+        if not nodes:
+            return replies
+        for place in lost:
+            self.failed(f"evaluation, to be done elsewhere: {replies[place].error.reason}")
+        again = [
+            Message(messages[place].content, node, "evaluate", group_id="evaluate")
+            for place, node in zip(lost, itertools.cycle(nodes), strict=False)
+        ]
+        for place, message in zip(lost, exchange(grid, again, self.timeout_s), strict=True):
+            replies[place] = message
+        return replies
+
     def _charged(self, report: R) -> R:
         """Add one SuperNode's share."""
         self._slowest_s = max(self._slowest_s, report.cpu_s)
         self.cost.cpu_s += report.cpu_s
         self.cost.peak_rss_bytes = max(self.cost.peak_rss_bytes, report.peak_rss_bytes)
         return report
-
-
-def wait_for_nodes(grid: Grid, expected: int, timeout_s: float) -> list[int]:
-    """Return the first ``expected`` SuperNodes; Flower may start the ServerApp before they register."""
-    deadline = time.monotonic() + timeout_s
-    while len(nodes := sorted(grid.get_node_ids())) < expected:
-        if time.monotonic() > deadline:
-            raise RuntimeError(
-                f"federation.supernodes = {expected}, but only {len(nodes)} registered within {timeout_s} s"
-            )
-        time.sleep(0.1)
-    return nodes[:expected]
-
-
-def _in_order(grid: Grid, messages: Iterable[Message], timeout_s: float) -> Iterator[Message]:
-    """Send, then yield the replies in the order of sending, each as soon as its turn has come."""
-    if hasattr(grid, "pull_interval"):
-        grid.pull_interval = PULL_INTERVAL_S
-    waiting = list(grid.push_messages(list(messages)))  # a networked grid reads them twice
-    arrived: dict[str, Message] = {}
-    deadline = time.monotonic() + timeout_s
-    while waiting:
-        for message in grid.pull_messages([i for i in waiting if i not in arrived]):
-            arrived[message.metadata.reply_to_message_id] = message
-        while waiting and waiting[0] in arrived:
-            yield arrived.pop(waiting.pop(0))
-        if waiting and time.monotonic() > deadline:
-            log(WARNING, "%d of the replies did not arrive within %s s", len(waiting), timeout_s)
-            for name in waiting:
-                if name in arrived:
-                    yield arrived[name]
-            return
-        time.sleep(PULL_INTERVAL_S if waiting else 0.0)

@@ -14,6 +14,10 @@ Bytes: 4 p up and 4 p down for each device and round.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedlam_app.base.layout import Layout
 from fedlam_app.base.vectors import Vector, WeightedMean
@@ -23,12 +27,17 @@ from strategies.algorithm import Algorithm
 class FedAvgLora(Algorithm):
     """One global vector; a round is its weighted mean over the devices that replied."""
 
+    linear: ClassVar[bool] = True
+
     def init(self, vector: Vector, devices: Sequence[int], layout: Layout) -> None:
         super().init(vector, devices, layout)
         self._mean = WeightedMean()
 
     def fold(self, device: int, vector: Vector, weight: float) -> None:
         self._mean.add(vector, weight)
+
+    def fold_sum(self, total: NDArray[np.float64], weight: float) -> None:
+        self._mean.add_sum(total, weight, self.vector.dtype)
 
     def step(self) -> None:
         self.vector, self._mean = self._mean.value(), WeightedMean()

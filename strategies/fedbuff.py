@@ -33,6 +33,7 @@ from strategies.fedsgd_lora import FedSgdLora
 class FedBuff(FedSgdLora):
     """``models()`` are the versions still at work, oldest first; the last is the newest, and the result."""
 
+    linear: ClassVar[bool] = False
     foresees: ClassVar[bool] = False
 
     def init(self, vector: Vector, devices: Sequence[int], layout: Layout) -> None:

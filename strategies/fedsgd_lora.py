@@ -34,6 +34,7 @@ class FedSgdLora(Algorithm):
 
     space: ClassVar[str] = "gradient"
     lora: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
 
     def init(self, vector: Vector, devices: Sequence[int], layout: Layout) -> None:
         super().init(vector, devices, layout)
@@ -91,6 +92,8 @@ class FedSgdLora(Algorithm):
 
 class Stacked(FedSgdLora):
     """FedSGD with another combination than the mean: a rule is its ``combine``, after ``robust.mix``."""
+
+    linear: ClassVar[bool] = False
 
     def combine(self, devices: Sequence[int], gradients: Doubles, weights: Doubles) -> Doubles:
         """Return one gradient (p,) for the ``gradients`` (n, p) of the devices that answered."""

@@ -30,6 +30,7 @@ class HetLora(FedAvgLora):
     """FedAvg whose LoRA part is weighted by the size of the products."""
 
     lora = True
+    linear = False  # a device's weight is the norm of its own products
     unlike_ranks = True
 
     def init(self, vector: Vector, devices: Sequence[int], layout: Layout) -> None:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedlam_app.base import sparse
-from fedlam_app.base.split_payload import Uplink, jacobian_draw, position, to_integers
+from fedlam_app.base.split_payload import Uplink, from_integers, jacobian_draw, position, to_integers
 from fedlam_app.base.wire import FORMATS
 from fedlam_app.config import RunConfig
 from fedlam_app.models.backbones import POSITIONS
@@ -40,6 +40,7 @@ class Errand:
     representations: bytes = b""
     rows: int = 0  # of its representations
     gradients: bytes = b""
+    tokens: int = 0  # of its gradients
     missing: bytes = b""
 
 
@@ -92,15 +93,24 @@ class Link:
         lacking = self._embeddings.lacking(device, ids)
         return to_integers(lacking, "<u4") if len(lacking) else None
 
-    def keep(self, device: int, step: int, up: Uplink) -> None:
-        """Keep the embeddings that were asked for; ``ValueError`` where something else came."""
+    def keep(self, device: int, step: int, up: Uplink) -> tuple[Ids, Ids]:
+        """Keep the embeddings that were asked for, and return their ids and lengths in tokens.
+
+        ``ValueError`` where something else came.
+        """
         ids = self._planned(device, step)
         if ids is None or self._for_once(step):
             ids = np.arange(self.config.train.batch_rows) if ids is None else ids
             self._embeddings.take(device, ids, up)
             self._fresh[device] = step, ids
         else:
-            self._embeddings.take(device, self._embeddings.lacking(device, ids), up)
+            ids = self._embeddings.lacking(device, ids)
+            self._embeddings.take(device, ids, up)
+        return ids, from_integers(up.lengths)
+
+    def caches(self, step: int) -> bool:
+        """Whether the embeddings of a step are kept for later ones."""
+        return not self._for_once(step)
 
     def ids(self, device: int, step: int) -> Ids:
         """Return under which ids the samples of a batch that is here are kept."""

@@ -32,6 +32,7 @@ from strategies.server_optimiser import Doubles
 class Scaffold(FedSgdLora):
     """FedSGD on corrected gradients; the variates are float32, their weighted sum float64."""
 
+    linear: ClassVar[bool] = False
     state_names: ClassVar[tuple[str, ...]] = ("variates", "variate_weights", "variate_sum")
 
     def init(self, vector: Vector, devices: Sequence[int], layout: Layout) -> None:

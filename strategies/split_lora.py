@@ -18,12 +18,10 @@ Networks", arXiv:2407.02924, whose text gives no pseudocode: the protocol is our
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fedlam_app.base.records import (
@@ -38,14 +36,17 @@ from fedlam_app.base.records import (
 )
 from fedlam_app.base.split_payload import Downlink, Uplink, from_bytes, to_bytes, version
 from fedlam_app.config import RunConfig
-from fedlam_app.models.backbones import Backbone
-from fedlam_app.models.batched import BatchedBackbone
-from fedlam_app.models.split import SplitModel, Tokens, rows_of
+from fedlam_app.models.split import SplitModel, rows_of
 from fedlam_app.tasks.base import Task
 from strategies.algorithm import Algorithm
 from strategies.base import OWNERS, Cost, Federation, Grid
+from strategies.hands import Hands
+from strategies.large_model import LargeModel
 from strategies.link import Answer, Errand, Link
 from strategies.modules import Modules
+from strategies.participation import Heard, Turn
+
+NOTHING = np.zeros(0, np.int64)
 
 
 class SplitFederation(Federation):
@@ -59,12 +60,12 @@ class SplitFederation(Federation):
         config: RunConfig,
         task: Task,
         model: SplitModel,
+        hands: Hands | None = None,
     ) -> None:
-        split, where = config.split, config.federation
-        super().__init__(algorithm, cell, devices, where.supernodes, where.timeout_s)
+        split = config.split
+        super().__init__(algorithm, cell, devices, config.federation, hands)
         self.config = config
-        assert isinstance(model.backbone, Backbone)
-        self.backbone = BatchedBackbone(model.backbone, split.kept_tokens, plain=not split.batched)
+        self.large = LargeModel(model, split)
         self.link = Link(config, task, model)
         self.modules = Modules(model, split.heads == "averaged")
         self.known: dict[int, int] = {}  # version of each device's memory that its last word made
@@ -72,32 +73,36 @@ class SplitFederation(Federation):
 
     def train_round(self, grid: Grid, number: int) -> Cost:
         """Run round ``number`` (1-based) and return its cost."""
-        self.cost, self._loss, self._weight = Cost(), 0.0, 0.0
+        self.cost, self._loss, self._weight, self._asked = Cost(), 0.0, 0.0, 0
         steps = self.config.train.local_steps
         for step in range((number - 1) * steps + 1, number * steps + 1):
             self._step(grid, step)
         if self.graded:
             self._exchange(grid, number * steps, self.graded)
-        if self._weight == 0.0:
+        if self._weight == 0.0 and self._asked:
             why = "; ".join(dict.fromkeys(self.cost.failures)) or "every device vanished"
             raise RuntimeError(f"no device finished round {number}: {why}")
         if self.modules.averaged and number % self.config.split.average_every == 0:
             self._average(grid, number)
-        self.loss = self._loss / self._weight
+        if self._weight:
+            self.loss = self._loss / self._weight
         return self.cost
 
     # --- a step -------------------------------------------------------------------------------------
 
     def _step(self, grid: Grid, step: int) -> None:
         """Take one server step: gather what lacks, show, collect Jacobians, fold."""
-        cohort = [k for k in self.algorithm.cohort(step) if self.link.has_batch(k, step)]
+        self.turn = self._turn(step)
+        self._asked += len(self.turn.ids)
+        self.heard = Heard()
+        self.hands.meter.begin()
+        self.hands.reception.begin(self.turn)
+        self.rows = dict(zip(self.turn.ids, self.hands.versions.rows(self.turn), strict=True))
+        cohort = [k for k in self.turn.ids if self.link.has_batch(k, step)]
         errands = self.graded | {}
         for k in cohort:
             if (missing := self.link.lacks(k, step)) is not None:
-                errand = errands.get(k, Errand())
-                errands[k] = Errand(
-                    graded=errand.graded, gradients=errand.gradients, wanted=step, missing=missing
-                )
+                errands[k] = replace(errands.get(k, Errand()), wanted=step, missing=missing)
         if errands:
             self._exchange(grid, step, errands)
         present = [k for k in cohort if self.link.lacks(k, step) is None]
@@ -105,15 +110,25 @@ class SplitFederation(Federation):
         for group in groups:
             if group:
                 self._pass(grid, step, group, self._ahead(step) if group is groups[-1] else {})
+        self.hands.reception.end(step)
         self.algorithm.step()
+        self.heard.bytes_up, self.heard.bytes_down = self.hands.meter.up, self.hands.meter.down
+        self.hands.settle(self.heard)
         self.link.forget(step)
+
+    def _turn(self, step: int) -> Turn:
+        """Return who takes part in a step."""
+        cached = self.link.caches(step)
+        return self.hands.participation.turn(step, lambda: self.hands.meter.load(cached), None)
 
     def _pass(self, grid: Grid, step: int, group: list[int], ahead: dict[int, Errand]) -> None:
         """Run the backbone forward for a group of devices, exchange, run it backward, and fold."""
         ids = [self.link.ids(k, step) for k in group]
         ends = np.cumsum([len(own) for own in ids])[:-1]  # where each device's samples end
         tokens = self.link.tokens([(k, i) for k, own in zip(group, ids, strict=True) for i in own.tolist()])
-        shown = self._forward(group, tokens, [len(own) for own in ids])  # (R, D)
+        owners = np.repeat(np.arange(len(group)), [len(own) for own in ids])  # of the samples
+        models, rows = self.hands.versions.models(), [self.rows[k] for k in group]
+        shown = self.large.forward(models, rows, tokens, owners)  # (R, D)
         counts = np.split(rows_of(tokens).cpu().numpy(), ends)  # rows of each sample
         parts = np.split(shown, np.cumsum([own.sum() for own in counts])[:-1])  # (R_k, D)
 
@@ -129,49 +144,35 @@ class SplitFederation(Federation):
                 missing=next_one.missing,
             )
         answers = self._exchange(grid, step, errands)
-
         jacobians = [
             answers[k].jacobians if k in answers else np.zeros_like(part)
             for k, part in zip(group, parts, strict=True)
         ]
-        gradients, into_tokens = self._backward(np.concatenate(jacobians), self.link.trains(step))
+        gradients, into_tokens = self.large.backward(np.concatenate(jacobians), self.link.trains(step))
+        self.cost.server_cpu_s += self.large.spent_s()
         lengths = [own.sum() for own in np.split(tokens.lengths.cpu().numpy(), ends)]
-        into = [None] * len(group) if into_tokens is None else np.split(into_tokens, np.cumsum(lengths)[:-1])
-        for k, gradient, rows in zip(group, gradients, into, strict=True):
+        ends = np.cumsum(lengths)[:-1]  # where each device's tokens end
+        into = [] if into_tokens is None else np.split(into_tokens, ends)
+        for place, (k, gradient) in enumerate(zip(group, gradients, strict=True)):
             if k in answers:
                 answer = answers[k]
                 self.link.saw(seen[k])
-                self.algorithm.fold(k, gradient, answer.weight)
+                self.hands.fold(self.turn, k, gradient, answer.weight)
+                self.heard.loss[k], self.heard.norm[k] = answer.loss, float(np.linalg.norm(gradient))
                 self.modules.worked(k, answer.weight)
                 self._loss += answer.weight * answer.loss
                 self._weight += answer.weight
-                if rows is not None:
-                    self.graded[k] = Errand(graded=step, gradients=self.link.gradients(rows))
-
-    def _forward(self, group: list[int], tokens: Tokens, samples: list[int]) -> NDArray[Any]:
-        """Return the representations (R, D) of all devices, each by its own version of the adapters."""
-        began = time.process_time()
-        models, rows = self.algorithm.models(), self.algorithm.rows(group)
-        shown = self.backbone.forward(models, rows, tokens, np.repeat(np.arange(len(group)), samples))
-        self.cost.server_cpu_s += time.process_time() - began
-        return np.asarray(shown.cpu().numpy())
-
-    def _backward(
-        self, jacobians: NDArray[Any], want_tokens: bool
-    ) -> tuple[NDArray[Any], NDArray[Any] | None]:
-        """Return every device's gradient (K, p) and, where the embedding trains, dL/dE (N, D)."""
-        began = time.process_time()
-        gradients, into = self.backbone.backward(torch.from_numpy(jacobians), want_tokens)
-        self.cost.server_cpu_s += time.process_time() - began
-        return gradients, None if into is None else into.cpu().numpy()
+                if into:
+                    sent, count = self.link.gradients(into[place]), len(into[place])
+                    self.graded[k] = Errand(graded=step, gradients=sent, tokens=count)
 
     def _ahead(self, step: int) -> dict[int, Errand]:
         """Return what the next step will lack, to be asked for along with this one's Jacobians."""
         train = self.config.train
         last = train.rounds * train.local_steps
-        if not self.algorithm.foresees or self.link.trains(step + 1) or step == last:
+        if not self.hands.participation.foresees or self.link.trains(step + 1) or step == last:
             return {}
-        cohort = [k for k in self.algorithm.cohort(step + 1) if self.link.has_batch(k, step + 1)]
+        cohort = [k for k in self._turn(step + 1).ids if self.link.has_batch(k, step + 1)]
         lacks = {k: self.link.lacks(k, step + 1) for k in cohort}
         return {k: Errand(wanted=step + 1, missing=ids) for k, ids in lacks.items() if ids is not None}
 
@@ -180,10 +181,7 @@ class SplitFederation(Federation):
     def _exchange(self, grid: Grid, step: int, errands: dict[int, Errand]) -> dict[int, Answer]:
         """Send each device on its errand; returns what was answered well to what was shown."""
         devices, answers = sorted(errands), dict[int, Answer]()
-        slices = [
-            (node, [devices[slot] for slot in slots]) for node, slots in self.slices(grid, len(devices))
-        ]
-        orders = [(node, self._order(own, errands)) for node, own in slices]
+        orders = [(node, self._order(own, errands)) for node, own in self.shares(grid, devices)]
 
         def take(report: SplitReport) -> None:
             self.cost.bytes_up += payload_bytes(report.payload)
@@ -217,6 +215,9 @@ class SplitFederation(Federation):
             )
             for k in devices
         ]
+        for k, down in zip(devices, downlinks, strict=True):
+            if errands[k].shown or errands[k].graded:
+                self.hands.meter.went_down(k, errands[k].rows, errands[k].tokens, len(down.modules))
         payload, sizes = join([to_bytes(down) for down in downlinks], np.uint8)
         self.cost.bytes_down += payload_bytes(payload)
         return SplitOrder(
@@ -239,16 +240,15 @@ class SplitFederation(Federation):
             if not -float("inf") < loss < float("inf"):
                 raise ValueError(f"its loss must be a finite number, got {loss}")
             answer = Answer(self.link.jacobians(device, errand.shown, up, errand.rows), weight, loss)
-        if errand.wanted:
-            self.link.keep(device, errand.wanted, up)
+        ids, lengths = self.link.keep(device, errand.wanted, up) if errand.wanted else (NOTHING, NOTHING)
+        self.hands.meter.came_up(device, errand.rows, ids, lengths, keep=self.link.caches(errand.wanted))
         return answer
 
     def _average(self, grid: Grid, number: int) -> None:
         """Average the modules of the devices that worked since the last time."""
         devices = [k for k in self.devices if self.modules.share(k) > 0.0]
         orders = []
-        for node, slots in self.slices(grid, len(devices)):
-            own = [devices[slot] for slot in slots]
+        for node, own in self.shares(grid, devices):
             known = [self.known.get(k, 0) for k in own]
             orders.append((node, ModulesOrder(cell=self.cell, devices=own, known=known)))
 
@@ -288,10 +288,12 @@ class SplitFederation(Federation):
         A resumed run asks for embeddings again, and counts their bytes again: they are spent again.
         """
         known = {"federation.known": np.array([self.known.get(k, 0) for k in self.devices], np.int64)}
-        return self.algorithm.state() | self.modules.state(self.devices) | self.link.state() | known
+        own = self.modules.state(self.devices) | self.link.state() | self.hands.state()
+        return self.algorithm.state() | own | known
 
     def load(self, state: dict[str, NDArray[np.generic]]) -> None:
         """Continue from the arrays of an earlier round."""
+        self.hands.load(state)
         known = state.pop("federation.known")
         self.known = {k: int(v) for k, v in zip(self.devices, known, strict=True) if v}
         self.modules.load(state, self.devices)

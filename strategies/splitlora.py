@@ -24,6 +24,7 @@ from strategies.fedsgd_lora import FedSgdLora
 class SplitLora(FedSgdLora):
     """Every fold is a server step: gradients must be taken one device at a time, at the newest model."""
 
+    linear: ClassVar[bool] = False
     sequential: ClassVar[bool] = True
 
     def fold(self, device: int, vector: Vector, weight: float) -> None:

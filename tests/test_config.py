@@ -230,7 +230,7 @@ def test_the_rules_know_what_there_is() -> None:
     from fedlam_app.tasks import TASKS
 
     assert set(rules.TEXT_SOURCES) == set(PACKAGES)
-    assert set(rules.TEXT_TASKS) == set(TASKS) - {"channel-prediction"}
+    assert set(rules.TEXT_TASKS) == set(TASKS) - {"channel-prediction", rules.MIXTURE}
     assert {*rules.CAUSAL, *rules.NOT_CAUSAL} >= set(backbones.NAMES)
     assert set(rules.BLOCKS) >= set(backbones.NAMES) - {"none"}
     for name in ("random", "random-gpt2"):  # those that need no weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
-from clients.adapter import torch_device
+from clients.adapter import Worker, torch_device
 from fedlam_app.base.records import (
     SCHEMA,
     EvaluateReport,
@@ -35,6 +36,7 @@ from fedlam_app.experiments.run import run_cells
 from fedlam_app.experiments.track import RunFolder
 from fedlam_app.grid import InProcessGrid
 from fedlam_app.tasks.channel_prediction import ChannelPrediction
+from strategies.adapter_round import AdapterFederation
 from strategies.base import Federation
 from tests.tiny import tiny_run
 
@@ -123,14 +125,33 @@ def test_only_what_trains_travels_and_bytes_are_counted_as_serialised(flat: Flat
     ups, downs = grid.delivered[1::2], grid.delivered[0::2]
     for message, kind in [*((m, TrainReport) for m in ups), *((m, TrainOrder) for m in downs)]:
         arrays = message.content.array_records["arrays"]
-        expected = {"vectors", "entries"} if kind is TrainOrder else {"vectors"}
-        assert set(arrays) == expected, "nothing but adapter vectors may cross"
-        assert len(arrays["entries"].numpy() if kind is TrainOrder else ()) == 0  # this rule broadcasts none
+        other = "entries" if kind is TrainOrder else "sums"
+        assert set(arrays) == {"vectors", other}, "nothing but adapter vectors may cross"
+        assert len(arrays[other].numpy()) == 0  # this rule broadcasts nothing, and four need no sums
         # One device a node: the payload in the message is the device's payload.
         assert len(arrays["vectors"].data) == pytest.approx(payload_bytes(np.zeros(p, np.float32)), abs=16)
         decode(message.content, kind)
     assert cost.bytes_up == cost.bytes_down == 4 * payload_bytes(np.zeros(p, np.float32))
     assert 4 * p <= cost.bytes_up / 4 <= 1.01 * 4 * p
+
+
+def test_a_device_takes_as_many_steps_as_its_order_says_and_a_poll_takes_none(flat: Flat) -> None:
+    federation, grid = start(flat, 2, {})
+    assert isinstance(federation, AdapterFederation)
+    polled = federation.poll(grid, 1, [1, 3])
+    federation.train_round(grid, 1)
+    order, report = (
+        decode(grid.delivered[4].content, TrainOrder),
+        decode(grid.delivered[5].content, TrainReport),
+    )
+    worker = Worker(parse(flat), ChannelPrediction(parse(flat)))
+    none, one, two = (worker.obey(replace(order, steps=[n] * 2, factors=[0.5] * 2), 1) for n in (0, 1, 2))
+    assert order.devices[1] == none.device == 1 and order.steps == [2, 2]
+    assert none.loss == one.loss == polled[1] != two.loss == report.losses[1]
+    assert len(none.vector) == 0 and not np.array_equal(one.vector, two.vector)
+    np.testing.assert_array_equal(two.vector, cut(report.vectors, report.sizes)[1])
+    assert two.norm == report.norms[1] == pytest.approx(np.linalg.norm(two.vector - order.vectors), rel=1e-5)
+    assert two.weight == 0.5 * report.weights[1]
 
 
 def _with_bad_device(bad: int, poison: float) -> ClientApp:
@@ -155,9 +176,11 @@ def test_a_vector_that_is_not_finite_is_left_out_and_named(flat: Flat) -> None:
 
 
 def test_a_failing_client_is_named_and_a_round_without_any_is_an_error(flat: Flat) -> None:
-    federation, grid = start(flat, 1, {})
-    federation.devices = [99]  # no such shard
-    federation.algorithm.init(federation.algorithm.models()[0], [99], federation.algorithm.layout)
+    usual, grid = start(flat, 1, {})
+    usual.algorithm.init(usual.algorithm.models()[0], [99], usual.algorithm.layout)  # no such shard
+    federation = AdapterFederation(
+        usual.algorithm, "{}", [99], parse(flat | {"federation.supernodes": 1}).federation
+    )
     with pytest.raises(RuntimeError, match=r"no device finished round 1: .*train of \[99\]: IndexError"):
         federation.train_round(grid, 1)
 

@@ -19,6 +19,7 @@ FLOORS = {
     "fedlam_app.config": 0,
     "fedlam_app.rules": 0,
     "fedlam_app.rules_split": 0,
+    "fedlam_app.rules_wireless": 0,
     "fedlam_app.tables": 0,
     "fedlam_app.models": 1,
     "fedlam_app.data": 1,
@@ -38,6 +39,7 @@ FLOWER = {
     "fedlam_app/grid.py",  # the in-process grid is Flower's, for tests and benchmarks
     "fedlam_app/base/records.py",
     "strategies/base.py",
+    "strategies/sites.py",  # who is there, and the exchange with them: the other half of base.py
 }
 HEAVY = {"sionna", "peft", "transformers", "matplotlib", "h5py", "opacus", "ray", "psutil", "huggingface_hub"}
 

@@ -91,7 +91,7 @@ def test_a_wire_of_single_precision_carries_every_bit(
 ) -> None:
     """Embeddings, representations and Jacobians as read from a message are those that were computed."""
     run = Run(text_run(tmp_path, model__precision="float32", train__rounds=1) | FP32, tmp_path)
-    outputs, server = [], run.federation.backbone
+    outputs, server = [], run.federation.large.backbone
     forward = server.forward
     monkeypatch.setattr(server, "forward", lambda *given: outputs.append(forward(*given)) or outputs[-1])
     run.rounds()

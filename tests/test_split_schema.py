@@ -27,13 +27,13 @@ __all__ = ["tiny_backbones"]  # a fixture that every test here uses
 
 COMMON = {"cpu_s", "peak_rss_bytes"}
 UPLINK = {
-    "TrainReport": COMMON | {"devices", "weights", "losses", "vectors", "sizes"},
+    "TrainReport": COMMON | {"devices", "weights", "losses", "norms", "vectors", "sizes", "sums"},
     "SplitReport": COMMON | {"devices", "weights", "losses", "payload", "sizes"},
     "ModulesReport": COMMON | {"devices", "vectors"},
     "EvaluateReport": COMMON | {"rows", "chunks", "users", "table"},
 }
 ARRAYS = {
-    "TrainReport": {"vectors"},
+    "TrainReport": {"vectors", "sums"},
     "SplitReport": {"payload"},
     "ModulesReport": {"vectors"},
     "EvaluateReport": {"table"},

@@ -27,7 +27,7 @@ from fedlam_app.models.factors import layout_of
 from fedlam_app.tasks import TASKS
 from strategies import ALGORITHMS
 from strategies.base import Federation
-from tests.tiny import tiny_run, tiny_text_run
+from tests.tiny import tiny_mixture_run, tiny_run, tiny_text_run
 
 Flat = dict[str, Scalar]
 State = dict[str, NDArray[np.generic]]
@@ -59,6 +59,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Flat]:
         "channel-prediction": channels | {"federation.server-threads": 1},
         "text-classification": text,
         "language-modelling": text | language | {"text.train": 16, "train.batch-rows": 2},
+        "mixture": tiny_mixture_run(),
     }
 
 
@@ -110,9 +111,11 @@ LAYOUTS = {"fedsgd-lora", "median", "scaffold", "fedbuff", "splitlora", "fedavg-
 }
 SPREAD_CHANNELS = {"fedsgd-lora", "splitlora", "fedavg-lora", "local"}  # the embedding trains as well
 LANGUAGE = ("fedsgd-lora", "fedit", "central")
+NO_LORA = ("fedavg-lora", "fedavg-full", "fedprox", "local", "central")  # what needs no backbone
 MATRIX = [
     *((task, name) for task in ("text-classification", "channel-prediction") for name in ALGORITHMS),
     *(("language-modelling", name) for name in LANGUAGE),
+    *(("mixture", name) for name in NO_LORA),
 ]
 
 

@@ -52,6 +52,24 @@ def tiny_text_run(folder: Path, texts: int = 90) -> dict[str, Scalar]:
     }
 
 
+def tiny_mixture_run() -> dict[str, Scalar]:
+    """Return overrides of a run on made points: 4 devices, four rounds of three steps."""
+    return {
+        "job": "train",
+        "seed": 7,
+        "task": "mixture",
+        "mixture.test": 200,
+        "train.devices": 4,
+        "train.rounds": 4,
+        "train.local-steps": 3,
+        "train.batch-rows": 16,
+        "train.evaluate-every": 2,
+        "train.optimiser": "sgd",
+        "train.lr": 0.1,
+        "train.clip-norm": 0.0,
+    }
+
+
 def write_texts(path: Path, texts: int) -> Path:
     """Write short texts of two classes that some of their words give away."""
     draw = np.random.default_rng(texts)

@@ -1,7 +1,7 @@
 """What crosses the wire: typed messages, and the only codec between them and Flower's records.
 
-    server -> SuperNode   TrainOrder, SplitOrder, ModulesOrder, EvaluateOrder
-    SuperNode -> server   TrainReport, SplitReport, ModulesReport, EvaluateReport
+    server -> SuperNode   TrainOrder, SplitOrder, ModulesOrder, EvaluateOrder, SiteOrder
+    SuperNode -> server   TrainReport, SplitReport, ModulesReport, EvaluateReport, SiteReport
 
 A SuperNode is a worker and a device is an integer: one message carries the work of several devices,
 in slot order. NumPy arrays become one ``ArrayRecord``, everything else one ``ConfigRecord``. What belongs to
@@ -12,6 +12,7 @@ tokens and frozen weights have no field here, so they cannot travel. The parts o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from numpy.typing import NDArray
 
-SCHEMA = 2  # raise it whenever a field changes its meaning
+SCHEMA = 3  # raise it whenever a field changes its meaning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,10 @@ class TrainOrder:
     rows: list[int]
     ranks: list[int]  # LoRA rank of each device; 0: no LoRA
     known: list[int]  # the last round of each device that the server has heard of; 0: none
+    steps: list[int]  # local steps of each device; 0 is a poll: the loss of its first batch, nothing else
+    factors: list[float]  # what each device's weight is multiplied by
+    chunks: list[int]  # whose sum each vector enters, ascending; empty: every vector travels as it is
+    width: int  # values that each device of a chunk hands in; 0 without chunks
     trains: str  # parts: 'a', 'b', 'other', joined by '+'
     returns: str
     keeps: str
@@ -49,15 +54,17 @@ class TrainOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainReport:
-    """What device ``devices[i]`` learned: its vector, its weight and its scalars."""
+    """What device ``devices[i]`` learned: its vector, its weight and its scalars; see ``packing.py``."""
 
     devices: list[int]
-    weights: list[float]  # training examples
+    weights: list[float]  # training examples times the device's factor
     losses: list[float]  # mean loss of the local steps, linear
+    norms: list[float]  # of the update; NaN where the vector is not finite or has another shape
     cpu_s: float
     peak_rss_bytes: int
-    vectors: NDArray[np.float32]  # (sum of sizes,)
-    sizes: list[int]
+    vectors: NDArray[np.float32]  # (sum of sizes,); empty where the order has chunks
+    sizes: list[int]  # values that each device handed in, in a sum or not
+    sums: NDArray[np.float64]  # (chunks that a device answered for, width): of weight * vector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +143,21 @@ class EvaluateReport:
     table: NDArray[np.float64]  # (owners or 1, sum of users, columns)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SiteOrder:
+    """Say which device you are (``federation.placement = "sites"`` alone)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteReport:
+    """The device that a SuperNode's operator says it is."""
+
+    device: int
+
+
 Order = TrainOrder | SplitOrder | ModulesOrder | EvaluateOrder
 Report = TrainReport | SplitReport | ModulesReport | EvaluateReport
-Record = Order | Report
+Record = Order | Report | SiteOrder | SiteReport
 R = TypeVar("R", bound=Record)
 
 
@@ -171,7 +190,13 @@ def kind_of(content: RecordDict) -> str:
 
 def payload_bytes(vector: NDArray[np.generic]) -> int:
     """Return the serialised length of one device's vector or payload [bytes]: what its radio link carries."""
-    return len(Array(vector).data)
+    return framed_bytes(vector.shape, vector.dtype.str)
+
+
+@functools.lru_cache(maxsize=1024)
+def framed_bytes(shape: tuple[int, ...], dtype: str = "<f4") -> int:
+    """Return :func:`payload_bytes` of any array of this shape and type: the values do not change it."""
+    return len(Array(np.zeros(shape, dtype)).data)
 
 
 def join(parts: Iterable[NDArray[Any]], dtype: Any) -> tuple[NDArray[Any], list[int]]:
@@ -188,7 +213,7 @@ def cut(joined: NDArray[Any], sizes: list[int]) -> list[NDArray[Any]]:
 
 
 def order(record: Record, node: int, action: str, group: str) -> Message:
-    """Address a record to a SuperNode; ``action`` is 'train' or 'evaluate'."""
+    """Address a record to a SuperNode; ``action`` is 'train', 'evaluate' or 'query'."""
     return Message(encode(record), dst_node_id=node, message_type=action, group_id=group)
 
 

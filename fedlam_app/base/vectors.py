@@ -8,7 +8,7 @@ every array on its own, and a hundred small tensors cost more than one large one
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,11 +54,14 @@ class WeightedMean:
 
     def add(self, vector: Vector, weight: float) -> None:
         """Fold one vector of shape (p,) with a non-negative weight."""
+        self.add_sum(weight * vector.astype(np.float64), weight, vector.dtype)
+
+    def add_sum(self, total: NDArray[np.float64], weight: float, dtype: np.dtype[Any]) -> None:
+        """Fold sum_k w_k v_k (p,) of vectors of type ``dtype``, whose weights sum to ``weight``."""
         if not weight >= 0.0:
             raise ValueError(f"a weight must be a non-negative number, got {weight}")
-        self._dtype = vector.dtype
-        term = weight * vector.astype(np.float64)
-        self._total = term if self._total is None else np.add(self._total, term, out=self._total)
+        self._dtype = dtype
+        self._total = total.copy() if self._total is None else np.add(self._total, total, out=self._total)
         self.weight += weight
 
     def value(self) -> Vector:

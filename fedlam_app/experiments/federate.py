@@ -13,10 +13,13 @@ from fedlam_app.base.vectors import pack
 from fedlam_app.config import RunConfig
 from fedlam_app.models.factors import layout_of
 from fedlam_app.models.split import SplitModel
+from fedlam_app.rules_wireless import has_fleet
 from fedlam_app.tasks.base import Task
 from strategies import ALGORITHMS
 from strategies.adapter_round import AdapterFederation
+from strategies.algorithm import Algorithm
 from strategies.base import Federation
+from strategies.hands import Hands
 
 
 def federate(config: RunConfig, cell: str, task: Task, model: SplitModel) -> Federation:
@@ -24,16 +27,28 @@ def federate(config: RunConfig, cell: str, task: Task, model: SplitModel) -> Fed
 
     In gradient space the model's backbone is the edge server's, from now on: pass one of its own.
     """
-    algorithm = pick(ALGORITHMS, config.strategy, "strategy")(config)
+    fleet = has_fleet(config)
+    # In a fleet nobody waits for anybody by the fleet's own clock: FedBuff is FedSGD there.
+    name = "fedsgd-lora" if fleet and config.strategy == "fedbuff" else config.strategy
+    algorithm = pick(ALGORITHMS, name, "strategy")(config)
     devices = [0] if config.strategy == "central" else list(range(config.train.devices))
     scale = config.model.alpha / config.model.rank
     if algorithm.space == "adapter":
         algorithm.init(pack(model.trainable().values()).astype(np.float32), devices, layout_of(model, scale))
-        where = config.federation
-        return AdapterFederation(algorithm, cell, devices, where.supernodes, where.timeout_s)
+    else:
+        model = model.to(torch_device(config.device))
+        torch.set_num_threads(config.federation.server_threads or os.cpu_count() or 1)
+        algorithm.init(pack(model.server_side().values()), devices, layout_of(model.backbone, scale))
+    hands = _on_air(config, algorithm, task, model) if fleet else None
+    if algorithm.space == "adapter":
+        return AdapterFederation(algorithm, cell, devices, config.federation, hands)
     from strategies.split_lora import SplitFederation
 
-    model = model.to(torch_device(config.device))
-    torch.set_num_threads(config.federation.server_threads or os.cpu_count() or 1)
-    algorithm.init(pack(model.server_side().values()), devices, layout_of(model.backbone, scale))
-    return SplitFederation(algorithm, cell, devices, config, task, model)
+    return SplitFederation(algorithm, cell, devices, config, task, model, hands)
+
+
+def _on_air(config: RunConfig, algorithm: Algorithm, task: Task, model: SplitModel) -> Hands:
+    from strategies.fleet_hands import on_air
+
+    examples = np.array([task.examples(k) for k in range(config.train.devices)], np.float64)
+    return on_air(config, algorithm, task, model, examples)

@@ -7,7 +7,7 @@ Lines are means over seeds, bands their range; colours are in ``palette.py``. Ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ import numpy as np
 
 from fedlam_app.experiments import palette, views
 from fedlam_app.experiments.channel_plots import horizon_figure, servers_figure, speed_figure
+from fedlam_app.experiments.fleet_table import fleet_cells
 from fedlam_app.experiments.lookup import cells, federated, final_records, label_of, mean_of
 from fedlam_app.experiments.views import Curve, Record, number
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["cost_figure", "final_records", "loss_figure", "write_plots"]
+__all__ = ["cost_figure", "final_records", "loss_figure", "save", "write_plots"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ _COSTS = {
 
 def write_plots(records: Sequence[Record], folder: Path) -> list[Path]:
     """Write every figure that ``records`` have data for as PNG into ``folder``; return the paths."""
+    return save(lambda: _figures(records), folder)
+
+
+def save(draw: Callable[[], Mapping[str, Figure | None]], folder: Path) -> list[Path]:
+    """Write the figures that ``draw`` makes, in our style, as ``folder/NAME.png``; return the paths."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -54,20 +60,29 @@ def write_plots(records: Sequence[Record], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     with matplotlib.rc_context(palette.style()):
-        figures = {"loss": loss_figure(records)}
-        figures |= {name: cost_figure(records, name) for name in views.of_records(records).costs}
-        figures |= {
-            "servers": servers_figure(records),
-            "speed": speed_figure(records),
-            "horizon": horizon_figure(records),
-        }
-        for name, figure in figures.items():
+        for name, figure in draw().items():
             if figure is not None:
                 path = folder / f"{name}.png"
                 figure.savefig(path, dpi=160)
                 plt.close(figure)
                 written.append(path)
     return written
+
+
+def _figures(records: Sequence[Record]) -> dict[str, Figure | None]:
+    costs = [
+        name
+        for name in views.of_records(records).costs
+        # A fleet's virtual time has a figure of its own (``fleet_plots.py``).
+        if name != "seconds" or not fleet_cells(records)
+    ]
+    return {
+        "loss": loss_figure(records),
+        **{name: cost_figure(records, name) for name in costs},
+        "servers": servers_figure(records),
+        "speed": speed_figure(records),
+        "horizon": horizon_figure(records),
+    }
 
 
 def loss_figure(records: Sequence[Record]) -> Figure | None:

@@ -16,8 +16,9 @@ from typing import Any
 
 from fedlam_app.base.store import atomic_file
 from fedlam_app.config import defaults
-from fedlam_app.experiments import track, views
-from fedlam_app.experiments.plots import write_plots
+from fedlam_app.experiments import fleet_table, track, views
+from fedlam_app.experiments.fleet_plots import fleet_figures
+from fedlam_app.experiments.plots import save, write_plots
 from fedlam_app.experiments.summary import (
     Row,
     cells_of_row,
@@ -28,6 +29,7 @@ from fedlam_app.experiments.summary import (
     rows_of,
     strongest_classical,
 )
+from fedlam_app.experiments.track import RunFolder
 from fedlam_app.experiments.views import View
 
 __all__ = ["Run", "final_table", "page", "read_run", "write_report"]
@@ -42,7 +44,19 @@ CAPTIONS = {
     "servers": "Final held-out NMSE against the number of edge servers, each with its own shard.",
     "speed": "Final held-out NMSE against the users' speed.",
     "horizon": "Final held-out NMSE of each predicted slot.",
+    "time-to-accuracy": "Held-out {noun} against virtual time. Seeds are averaged at the same time, as far as"
+    " all of them go; bands are their range. Dashed levels: the last {noun} of what runs without a fleet.",
+    "fairness-energy": "Jain's index of how often each device took part (1: all as often); energy, mean over"
+    " all devices, chosen or not; and energy spent for each update that arrived.",
+    "chosen": "Which share of the updates came from which share of the devices, mean over seeds: the"
+    " nearer to the diagonal, the fairer. Dashed: what a uniform draw is expected to give, could every device"
+    " be reached always.",
+    "map": "Where the devices of the first run stood at its end, and how often each had taken part.",
 }
+_FLEET_NOTE = (
+    "Chosen = arrived + lost + late; trained = arrived + lost. Times to 90 % are seen at evaluations only."
+    " Jain: 1 where every device took part as often."
+)
 _ON_ITS_WAY = "No cell has finished yet: what follows is a run on its way."
 
 
@@ -69,6 +83,8 @@ def write_report(folder: Path) -> Path:
     """Redraw the plots, write ``report.html`` atomically, and return its path."""
     run = read_run(folder)
     plots = write_plots(run.records, folder / PLOTS)
+    on_air = RunFolder(folder), run.about.get("config", {}), run.records
+    plots += save(lambda: fleet_figures(*on_air), folder / PLOTS)
     path = folder / "report.html"
     with atomic_file(path) as temporary:
         temporary.write_text(page(run, plots), encoding="utf-8")
@@ -91,7 +107,7 @@ def page(run: Run, plots: Iterable[Path]) -> str:
 <header><h1>{_(title)}</h1><p class="sub">{_(_subtitle(config, view))}</p></header>
 <section><ul class="said">{"".join(f"<li>{_(line)}</li>" for line in said)}</ul></section>
 <section><h2>Final results, {_(view.held_out.lower())}</h2>{_results(rows)}</section>
-<section><h2>Figures</h2>{figures}</section>
+{_fleet(run.records)}<section><h2>Figures</h2>{figures}</section>
 <section><h2>Configuration</h2>{_configuration(config)}</section>
 <section><h2>Versions and machine</h2>{_about(run.about)}</section>
 </main></body></html>
@@ -113,7 +129,7 @@ def _subtitle(config: Mapping[str, Any], view: View) -> str:
     parts = [
         f"{get('data.scenario')} ({get('data.duplex')})" if get(source) == "sionna" else "",
         f"{data}: {get(source)}",
-        f"backbone: {get('model.backbone')}, {get('model.tuning')}",
+        f"backbone: {get('model.backbone')}, {get('model.tuning')}" if view.backbone else "",
         f"{get('train.devices')} devices" if get("job") == "compare" else "",
         f"{get('train.rounds')} rounds of {get('train.local-steps')} steps",
         f"seeds: {get(table.get(str(get('job')), 'seed'))}",
@@ -137,6 +153,26 @@ def _results(rows: Sequence[Row]) -> str:
         body.append(f"<tr{kind}><th>{_(row.label)}{mark}</th>{figures}</tr>")
     table = f"<table class='results'><tr><th></th>{head}</tr>{''.join(body)}</table>"
     return f"<div class='wide'>{table}</div><p class='note'>{_(_verdict(rows, classical))}</p>"
+
+
+def _fleet(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return the section of a wireless fleet; nothing for a run without one."""
+    rows = fleet_table.fleet_rows(records)
+    if not rows:
+        return ""
+    columns = fleet_table.columns_of(rows)
+    head = "".join(f"<th>{column.name}<small>{column.unit}</small></th>" for column in columns)
+    body = "".join(
+        f"<tr><th>{_(row.label)}</th>"
+        + "".join(f"<td>{_(column.show(row.means[column.key]))}</td>" for column in columns)
+        + "</tr>"
+        for row in rows
+    )
+    return (
+        "<section><h2>Wireless fleet</h2>"
+        f"<div class='wide'><table class='results'><tr><th></th>{head}</tr>{body}</table></div>"
+        f"<p class='note'>{_FLEET_NOTE}</p></section>"
+    )
 
 
 def _verdict(rows: Sequence[Row], classical: Row | None) -> str:

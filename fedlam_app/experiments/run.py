@@ -132,8 +132,8 @@ class _Run:
             last = round == config.train.rounds
             if last or round % config.train.evaluate_every == 0:
                 scores = self._evaluate(federation, last)
-                seconds = federation.algorithm.seconds()
-                own = {"own_loss": federation.loss, "failures": self.totals.failures, "seconds": seconds}
+                own = {"own_loss": federation.loss, "failures": self.totals.failures}
+                own |= {"seconds": federation.seconds(), **federation.hands.participation.summary()}
                 final = {"kind": "final", "trainable_share": share} if last else {}
                 self._record(round, {**scores, **own, **final})
             self._save(federation, round)

@@ -58,6 +58,7 @@ class View:
     costs: tuple[str, ...]  # figures that set the metric against a cost: 'uplink', 'seconds'
     mean_keys: tuple[str, ...]
     line: Callable[[Record], str]
+    backbone: bool = True  # whether its models stand around one
 
     @property
     def metric(self) -> str:
@@ -80,8 +81,10 @@ def of_records(records: Sequence[Record]) -> View:
 
 
 def line(task: str, scores: Record) -> str:
-    """Return what an evaluation found, for the line that tells of progress."""
-    return of_task(task).line(scores)
+    """Return what an evaluation found, for the line that tells of progress; of a fleet its clock, too."""
+    seconds = number(scores.get("seconds")) if "jain" in scores else math.nan
+    clock = plain(seconds, ",.0f" if seconds >= 100 else ".1f")
+    return of_task(task).line(scores) + (f", {clock} s" if clock else "")
 
 
 def mean_keys(task: str) -> tuple[str, ...]:
@@ -172,12 +175,12 @@ TEXT_COLUMNS = (
 )
 
 
-def _text(title: str) -> View:
+def _classes(title: str, examples: str, source: tuple[str, str], backbone: bool = True) -> View:
     return View(
         title=title,
-        held_out="Held-out texts",
+        held_out=f"Held-out {examples}",
         learner="model",
-        source=("texts", "text.source"),
+        source=source,
         classical=("majority", "linear-probe"),
         noun="accuracy",
         higher=True,
@@ -186,16 +189,19 @@ def _text(title: str) -> View:
         columns=TEXT_COLUMNS,
         curves=(
             Curve("train_loss", "Global training loss (union of all shards)", "cross-entropy (nats)"),
-            Curve("accuracy", "Held-out texts", "accuracy (%)", scale=100.0),
+            Curve("accuracy", f"Held-out {examples}", "accuracy (%)", scale=100.0),
         ),
         costs=("uplink", "seconds"),
         mean_keys=("accuracy",),
         line=_text_line,
+        backbone=backbone,
     )
 
 
+_TEXTS = ("texts", "text.source")
 VIEWS = {
     "channel-prediction": CHANNELS,
-    "text-classification": _text("Text classification"),
-    "language-modelling": _text("Language modelling"),
+    "text-classification": _classes("Text classification", "texts", _TEXTS),
+    "language-modelling": _classes("Language modelling", "texts", _TEXTS),
+    "mixture": _classes("Gaussian mixture", "examples", ("Gaussians a class", "mixture.clusters"), False),
 }

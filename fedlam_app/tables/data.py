@@ -78,6 +78,29 @@ class TextConfig(Table):
     """Language modelling: learn the answer after the text alone, or every next token."""
 
 
+class MixtureConfig(Table):
+    """What the devices of the task ``mixture`` hold: points of Gaussians, made for each device on demand."""
+
+    classes: Annotated[int, Field(ge=2)]
+    """Classes, each several Gaussians."""
+    features: Annotated[int, Field(ge=2)]
+    """Features of an example."""
+    clusters: Positive
+    """Gaussians of a class; with one alone a linear model is as good as any."""
+    noise: Annotated[float, Field(gt=0)]
+    """Standard deviation of a feature around its Gaussian's mean, whose own root mean square is 1."""
+    examples: Positive
+    """Median of a device's training examples; sizes are lognormal, and at least 16."""
+    spread: Annotated[float, Field(ge=0, le=5)]
+    """Standard deviation of ln(examples) over devices."""
+    dirichlet: Annotated[float, Field(gt=0)]
+    """Concentration of each device's shares of the classes: the smaller, the more unlike the devices."""
+    test: Positive
+    """Held-out examples, of all classes alike."""
+    hidden: Positive
+    """Hidden units of the perceptron that learns it."""
+
+
 class ModelConfig(Table):
     """What is learned: embedding | frozen backbone + tuned parameters | head."""
 

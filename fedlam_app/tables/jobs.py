@@ -32,8 +32,11 @@ class TrainConfig(Table):
     local_steps: Positive
     """Optimiser steps in one round: a device's own, or the edge server's where the model is split."""
     batch_rows: Positive
-    """Rows in a device's batch: a row is one antenna of one user, or one text. Where shards of texts are
-    unequal it is the mean over devices, and batches are as unequal as the shards."""
+    """Rows in a device's batch: a row is one antenna of one user, one text, or one example. Where shards of
+    texts are unequal it is the mean over devices, and batches are as unequal as the shards."""
+    optimiser: Literal["adamw", "sgd"]
+    """The devices' own optimiser: AdamW, or plain gradient descent. Where the model is split, the edge
+    server's is ``server.optimiser``."""
     lr: Annotated[float, Field(gt=0)]
     """Learning rate of the devices' optimiser, or of the edge server's where the model is split."""
     weight_decay: Annotated[float, Field(ge=0)]
@@ -61,7 +64,10 @@ class FederationConfig(Table):
     server_threads: Natural
     """Torch threads of the edge server's large model; 0 is every core. Another may change last bits."""
     timeout_s: Annotated[float, Field(gt=0)]
-    """Wall seconds after which an unanswered round stops the run."""
+    """Wall seconds after which an exchange goes on without those who have not answered."""
+    placement: Literal["packed", "sites"]
+    """``packed`` spreads the devices over all SuperNodes; ``sites``: each SuperNode is the one device that
+    its operator named in ``--node-config "partition-id=K"``, and a device's work goes to its own site."""
 
 
 class CaseStudyConfig(Table):

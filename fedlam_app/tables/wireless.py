@@ -43,6 +43,8 @@ class FleetConfig(Table):
     """Device work for one training sample [FLOP]; 0 is the task's own ``cost()``."""
     update_mb: _NotNegative
     """Payload of one upload and one download [MB]; 0 is what the messages really carry."""
+    server_gflops: _AboveZero
+    """Throughput of the edge server that runs the backbone of a split [GFLOP/s]."""
     battery_floor: Share
     """State of charge below which a device that does not charge takes no part."""
 
@@ -84,9 +86,13 @@ class WirelessConfig(Table):
     """Link to rate: 0.75 log2(1 + SNR) up to 5.55 b/s/Hz; TR 36.942's truncated Shannon; TS 38.214's CQI
     table."""
     loss: Literal["none", "rayleigh", "harq"]
-    """Lost uploads: none; by a Rayleigh packet error rate; 10 % first transmissions with HARQ (0.1 % left)."""
+    """Lost uploads: none; by a Rayleigh packet error rate; HARQ, which mends all but 0.1 %."""
     transport: Literal["ofdma", "air"]
     """How updates come in: each on a band of its own, or summed over the air (rules that average alone)."""
+    air: Literal["least-error", "truncated", "inversion"]
+    """Power rule over the air: least mean squared error; inversion with silence in deep fades; inversion."""
+    air_threshold: _AboveZero
+    """``truncated``: fading, over its mean, below which a device is silent."""
     allocation: Literal["min-max", "equal", "resource-blocks", "min-energy", "hungarian"]
     """How the chosen share the band: all finish together; equally; by whole resource blocks; least energy by
     the deadline; one resource block each by the Hungarian method on packet error."""
@@ -108,7 +114,8 @@ class SelectionConfig(Table):
     """Devices polled over devices wanted, for policies that poll (``fedcs``, ``power-of-choice``), and cut
     by channel first (``update-aware``)."""
     v: _NotNegative
-    """Lyapunov: weight V of the objective against the queues (``lyapunov``, ``fedft``)."""
+    """Lyapunov's V: ``lyapunov`` weighs utility and queues by it against time [s], ``fedft`` the objective
+    against its queue."""
     eta: _NotNegative
     """``lyapunov``: weight of the participation queues."""
     participation: Share

@@ -7,7 +7,8 @@
 
 A policy is arithmetic on arrays: it knows no Flower, no torch, no clock and no radio, and draws from the
 generator that it is given. It names *places* in the state (0 <= place < M), never ids, so that it can be as
-fast as its sort. Whatever it remembers is in ``state()``, for a resumed run must choose as the first one would.
+fast as its sort. Whatever it remembers is in ``state()``, for a resumed run must choose as the first one
+would.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class RoundState:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Who takes part: k places in the state, each once, and how much each update counts beside its examples."""
+    """Who takes part: k places in the state, each once, and what each counts beside its examples."""
 
     places: Places  # (k,)
     weights: NDArray[np.float64] | None = None  # (k,) 1 / (N p_k), where the policy draws by p_k; None: ones
@@ -94,6 +95,7 @@ class Outcome:
 class Policy:
     """Who takes part. A policy overrides :meth:`select`, and what else it needs."""
 
+    unbiased: ClassVar[bool] = False  # its choices have weights, by which the mean over rounds is everyone's
     polls: ClassVar[str] = ""  # what its candidates are asked first: 'status' or 'loss'; '' is nothing
 
     def __init__(self, config: SelectionConfig, devices: int, seed: int) -> None:

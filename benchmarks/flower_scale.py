@@ -1,0 +1,219 @@
+"""What 100,000 devices cost Flower: rounds of 1,000 of them, on two SuperNodes, with a model of 1.6 MB.
+
+A real Flower run (SuperLink, Ray, two SuperNodes), started by ``flwr run`` on a small app of this file:
+
+* ServerApp: two federations of FedAvg, of 1,000 and of 100,000 devices, in one process, round by round in
+  turn, so that whatever else the machine does falls on both. 1,000 devices take part in every round.
+* ClientApp: a trivial device answers with where it started plus a number of its own, through the real records
+  and sums; these are work of the backend, and part of the time of a round.
+
+Time of a round: wall time of ``train_round``, from the draw of the cohort to the new model, median. Memory:
+resident memory of the ServerApp's process after the first rounds of the larger federation, less that after
+the first rounds of the smaller one: everything that the additional 99,000 devices brought with them.
+
+One message a device: the same rounds of a smaller model, 1,000 SuperNodes with a device each and every vector
+sent as it is, in process; the largest difference of the models over their largest value.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from benchmarks.record import Figure, write_result
+from fedlam_app.base.keys import rng
+from fedlam_app.base.layout import Layout
+from fedlam_app.base.packing import Answer, gathered
+from fedlam_app.base.records import TrainOrder, decode, reply
+from fedlam_app.config import parse
+from strategies.adapter_round import AdapterFederation
+from strategies.fedavg_lora import FedAvgLora
+
+SEED = 2025
+FEW, MANY, COHORT = 1_000, 100_000, 1_000
+VALUES, SMALL = 400_000, 10_000  # float32: 1.6 MB, and 40 kB for one message a device
+WARM, ROUNDS = 3, 15
+APP = """
+from benchmarks import flower_scale
+
+server = flower_scale.server
+client = flower_scale.client
+"""
+PROJECT = """
+[project]
+name = "flower-scale"
+version = "1.0.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "fedlam"
+
+[tool.flwr.app.components]
+serverapp = "app:server"
+clientapp = "app:client"
+
+[tool.flwr.app.config]
+result = ""
+"""
+
+client = ClientApp()
+server = ServerApp()
+
+
+@client.train()
+def train(message: Message, context: Context) -> Message:
+    """Answer for every device of a ``TrainOrder`` with its start plus a number of its own."""
+    order = decode(message.content, TrainOrder)
+    started = time.process_time()
+    moved: dict[int, float] = {k: rng(SEED, "move", k).standard_normal() for k in order.devices}
+
+    def answers() -> Iterator[Answer]:
+        for k, factor in zip(order.devices, order.factors, strict=True):
+            vector = order.vectors + np.float32(moved[k])
+            weight = factor * (1.0 + k % 7)
+            yield Answer(k, vector, weight, abs(moved[k]), abs(moved[k]) * len(vector) ** 0.5)
+
+    report = gathered(order, answers())
+    return reply(replace(report, cpu_s=time.process_time() - started), message)
+
+
+@server.main()
+def serve(grid: Grid, context: Context) -> None:
+    """Run both federations in turn and write what they took."""
+    import psutil
+
+    process = psutil.Process()
+    few = federation(FEW, VALUES, 2)
+    for number in range(1, WARM + 1):
+        few.train_round(grid, number)
+    before = process.memory_info().rss
+    many = federation(MANY, VALUES, 2)
+    for number in range(1, WARM + 1):
+        many.train_round(grid, number)
+        many.state()
+    grown = process.memory_info().rss - before
+    times: dict[str, list[float]] = {"few": [], "many": [], "devices": []}
+    for number in range(WARM + 1, WARM + ROUNDS + 1):
+        for name, one in (("few", few), ("many", many)):
+            began = time.monotonic()
+            cost = one.train_round(grid, number)
+            times[name].append(time.monotonic() - began)
+        times["devices"].append(cost.waited_s)
+    failures = few.cost.failures + many.cost.failures
+    found = {**times, "grown": grown, "failures": failures}
+    Path(str(context.run_config["result"])).write_text(json.dumps(found), encoding="utf-8")
+
+
+def federation(
+    devices: int, values: int, supernodes: int, rule: type[FedAvgLora] = FedAvgLora
+) -> AdapterFederation:
+    """Return a FedAvg of ``values`` values, of which ``COHORT`` devices a round."""
+    usual = parse({"job": "train", "seed": SEED})
+    train = usual.train.model_copy(update={"devices": devices, "cohort": COHORT})
+    where = usual.federation.model_copy(update={"supernodes": supernodes})
+    config = usual.model_copy(update={"train": train, "federation": where})
+    algorithm = rule(config)
+    start = rng(SEED, "start").standard_normal(values).astype(np.float32)
+    algorithm.init(start, range(devices), Layout.of([("all", (values,))]))
+    return AdapterFederation(algorithm, "{}", range(devices), where)
+
+
+class OneByOne(FedAvgLora):
+    """FedAvg for which every vector travels."""
+
+    linear = False
+
+
+def through_flower() -> dict[str, list[float]]:
+    """Run the app on Flower and return what its ServerApp measured."""
+    import subprocess
+
+    import psutil
+
+    from fedlam_app.launch import environment
+
+    ports = [_free_port(), _free_port()]
+    with tempfile.TemporaryDirectory() as folder:
+        app = Path(folder) / "app"
+        app.mkdir()
+        (app / "pyproject.toml").write_text(PROJECT, encoding="utf-8")
+        (app / "app.py").write_text(APP, encoding="utf-8")
+        result = Path(folder) / "result.json"
+        env = environment() | {
+            "FLWR_HOME": f"{folder}/flower",
+            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": ports[0],
+            "FLWR_LOCAL_CONTROL_API_PORT": ports[1],
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [str(Path(sys.executable).with_name("flwr")), "run", str(app), "--stream"]
+        command += ["--run-config", f'result="{result}"']
+        command += ["--federation-config", "num-supernodes=2 client-resources-num-cpus=1"]
+        try:
+            subprocess.run(command, check=True, env=env)
+        finally:
+            for process in psutil.process_iter(["cmdline"]):
+                line = process.info["cmdline"] or []
+                if "--port" in line and ports[0] in line:
+                    process.terminate()
+        found: dict[str, list[float]] = json.loads(result.read_text(encoding="utf-8"))
+    return found
+
+
+def one_by_one() -> float:
+    """Return how far rounds of sums are from rounds of one message a device, relative to the model."""
+    from fedlam_app.grid import InProcessGrid
+
+    models = []
+    for rule, nodes in ((FedAvgLora, 2), (OneByOne, COHORT)):
+        one = federation(FEW, SMALL, nodes, rule)
+        for number in (1, 2):
+            one.train_round(InProcessGrid(client, nodes, {}), number)
+        models.append(one.algorithm.models()[0].astype(np.float64))
+    return float(np.abs(models[0] - models[1]).max() / np.abs(models[1]).max())
+
+
+def main() -> int:
+    """Measure, write ``results/flower_scale.json``; 0 where every bound holds."""
+    found = through_flower()
+    few, many = statistics.median(found["few"]), statistics.median(found["many"])
+    devices = statistics.median(found["devices"])
+    what = f"{COHORT:,} of {MANY:,} devices, 1.6 MB each, 2 SuperNodes"
+    per_fleet = float(found["grown"]) * 100_000 / (MANY - FEW) / 1e6  # type: ignore[arg-type]
+    figures = [
+        Figure("wireless", f"a round of {what}, trivial clients", many, "s", "<= 1.5"),
+        Figure("wireless", f"of it the slower SuperNode's CPU, {COHORT // 2} answers", devices, "s"),
+        Figure("wireless", f"a round among {MANY:,} devices / among {FEW:,}", many / few, "x", "<= 1.2"),
+        Figure("wireless", "sums against one message a device, relative", one_by_one(), "", "<= 1e-6"),
+        Figure("wireless", "server memory for 100,000 devices", per_fleet, "MB", "<= 50"),
+        Figure("wireless", "devices left out", len(found["failures"]), "", "== 0"),
+    ]
+    for figure in figures:
+        print(f"{figure.name}: {figure.value:.4g} {figure.unit} {figure.bound}")
+    write_result(
+        "flower_scale", figures, seed=SEED, extra={"rounds_s": found["many"], "cores": os.cpu_count()}
+    )
+    return 0 if all(figure.holds for figure in figures) else 1
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""What a wireless fleet cannot do together with the rest of a configuration, one sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedlam_app.config import RunConfig
+
+FILES = ("capacity", "behaviour", "speeds")
+
+
+def has_fleet(config: RunConfig) -> bool:
+    """Whether devices have radios and a virtual clock; the two bounds have neither."""
+    return config.fleet.profiles != "none" and config.strategy not in ("local", "central")
+
+
+def broken(config: RunConfig) -> Iterator[str]:
+    """Yield what the tables ``fleet``, ``wireless`` and ``selection`` forbid each other, and other tables."""
+    if config.fleet.profiles == "none":
+        return
+    yield from _files(config)
+    selection, wireless = config.selection, config.wireless
+    mode = f"'selection.mode' = '{selection.mode}'"
+    wanted = config.train.cohort or config.train.devices
+    if config.job == "case-study":
+        yield (
+            f"'fleet.profiles' = '{config.fleet.profiles}' is not allowed with 'job' = 'case-study', whose"
+            " servers have wires; it must be 'none', or the job 'train' or 'compare'"
+        )
+    if wireless.transport == "air" and selection.mode == "asynchronous":
+        yield (
+            f"'wireless.transport' = 'air' is not allowed with {mode}, whose devices do not send together; it"
+            " must be 'ofdma', or the mode 'synchronous'"
+        )
+    if wireless.transport == "air" and selection.mode == "over-selection":
+        yield (
+            f"'wireless.transport' = 'air' is not allowed with {mode}, which would add up the late ones too;"
+            " it must be 'ofdma', or the mode 'synchronous' or 'deadline'"
+        )
+    if selection.mode == "asynchronous" and config.fedbuff.buffer > wanted:
+        yield (
+            f"'fedbuff.buffer' = {config.fedbuff.buffer} could never fill: {wanted} devices are at work; it"
+            f" must be 1 to {wanted}"
+        )
+    if wireless.scenario == "indoor" and wireless.indoor_share > 0.0:
+        yield (
+            f"'wireless.indoor-share' = {wireless.indoor_share:g} is not allowed with 'wireless.scenario' ="
+            " 'indoor', whose base stations are inside too; it must be 0"
+        )
+
+
+def _files(config: RunConfig) -> Iterator[str]:
+    for name in FILES:
+        value = getattr(config.fleet, name)
+        if value and not Path(value).is_absolute():
+            yield f"'fleet.{name}' = '{value}' is not allowed: it must be an absolute path"
+        elif value and not Path(value).is_file():
+            yield f"'fleet.{name}' = '{value}' does not exist; it must name a file that does"

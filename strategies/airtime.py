@@ -1,0 +1,173 @@
+"""What a policy is told of the devices, and what becomes of those it chose: bands, times, joules, losses.
+
+    r_k(b) = min(e b log2(1 + f a_k / b), c b)        ``wireless/rates.py``: e, f, c of the rate model
+    T_k    = download + computation + server + s_k / r_k(b_k)
+    E_k    = P_active t_cmp + (P_tx / eta + P_circuit) t_up
+
+Policies and allocators see gains f a_k and payloads s_k / e, so that for them r(b) = b log2(1 + a / b).
+
+Where a round ends before its slowest device does (a deadline, over-selection), that device's own computation
+must not decide how the band is shared: whoever cannot be in time at an equal share is planned for the moment
+at which the round will end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlam_app.config import RunConfig
+from fedlam_app.wireless.demand import Demand
+from fedlam_app.wireless.errors import packet_error
+from fedlam_app.wireless.fleet import Fleet, Load, View
+from fedlam_app.wireless.power import radio_energy_j
+from fedlam_app.wireless.radio import Radio
+from fedlam_app.wireless.rates import BLOCK_HZ, Link, rate_bps
+from fedlam_app.wireless.shares import allocate
+from strategies.endings import Course, Ending
+from strategies.history import History
+from strategies.selection.base import Floats, RoundState
+
+Doubles = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Airtime:
+    """The k chosen devices on their bands, (k,) each."""
+
+    ids: NDArray[np.int64]
+    course: Course
+    rate_bps: Doubles  # uplink
+    bits_up: Doubles
+    bits_down: Doubles
+    error: Doubles  # chance that the packet is lost
+    compute_j: Doubles
+    power_w: Doubles  # transmitted
+
+    def energy_j(self, ending: Ending, steps: int) -> Doubles:
+        """Return what each spent until it was done, gone or stopped."""
+        whole = self.compute_j * ending.steps / steps + radio_energy_j(self.power_w, self.course.up_s)
+        share = ending.worked_s / np.maximum(ending.time_s, 1e-12)
+        return np.where(np.isfinite(ending.time_s), whole * np.clip(share, 0.0, 1.0), 0.0)
+
+
+def known(
+    number: int,
+    now_s: float,
+    wanted: int,
+    band_hz: float,
+    link: Link,
+    view: View,
+    load: Load,
+    history: History,
+    examples: Floats,
+    places: int = 0,
+) -> RoundState:
+    """Return what an edge server knows of the devices in ``view``; ``examples`` is (N,).
+
+    The band is shared by ``places`` devices, or by those that are wanted.
+    """
+    bits = each(load.bits_up, view.ids) / np.float32(link.efficiency)
+    gain = view.gain_hz * np.float32(link.snr_factor)
+    share = np.float32(band_hz / max(places or wanted, 1))
+    efficiency = np.minimum(np.log2(1.0 + gain / share), np.float32(link.cap / link.efficiency))
+    upload_s = bits / (share * efficiency)
+    everyone = len(view.ids) == len(examples)
+    pick = slice(None) if everyone else view.ids
+    return RoundState(
+        number=number,
+        now_s=now_s,
+        devices=len(examples),
+        wanted=wanted,
+        band_hz=band_hz,
+        ids=view.ids,
+        gain_hz=gain,
+        fixed_s=view.down_s + view.compute_s + np.float32(load.server_s),
+        upload_s=upload_s,
+        bits=bits,
+        energy_j=view.compute_j + radio_energy_j(view.power_w, upload_s),
+        examples=examples[pick],
+        loss=history.loss[pick],
+        norm=history.norm[pick],
+        last=history.last[pick],
+        count=history.count[pick],
+    )
+
+
+def share(
+    config: RunConfig,
+    fleet: Fleet,
+    view: View,
+    state: RoundState,
+    load: Load,
+    ends_s: float,
+    draw: np.random.Generator,
+    places: int = 0,
+) -> Airtime:
+    """Share the band among the k devices of ``view`` and ``state``, in a round that ends by ``ends_s``.
+
+    With ``places``, each gets an equal share of that many instead. ``draw`` decides on lost packets.
+    """
+    fixed_s, band_hz, link = state.fixed_s.astype(np.float64), state.band_hz, fleet.link
+    if places:
+        got_hz = np.full(len(state), band_hz / places)
+        power_w = view.power_w.astype(np.float64)
+    else:
+        given = allocate(
+            config.wireless.allocation,
+            Demand(
+                bits=state.bits.astype(np.float64),
+                gain_hz=state.gain_hz.astype(np.float64),
+                band_hz=band_hz,
+                fixed_s=np.minimum(fixed_s, np.maximum(ends_s - state.upload_s, 0.0)),
+                cap=np.full(len(state), link.cap / link.efficiency),
+                power_w=view.power_w.astype(np.float64),
+                examples=state.examples.astype(np.float64),
+                deadline_s=config.selection.deadline_s,
+                block_hz=BLOCK_HZ,
+            ),
+        )
+        got_hz, power_w = given.band_hz, given.power_w
+    gain_hz = view.gain_hz.astype(np.float64) * power_w / view.power_w
+    # What was planned by is what happens; but modulation comes in steps, which no plan can invert.
+    steps = config.wireless.rate == "cqi" and isinstance(fleet.links, Radio)
+    law = config.wireless if steps else link
+    rate = np.where(got_hz > 0.0, rate_bps(law, gain_hz, np.maximum(got_hz, 1.0)), 0.0)
+    bits_up = each(load.bits_up, view.ids).astype(np.float64)
+    up_s = np.where(rate > 0.0, bits_up / np.maximum(rate, 1e-9), np.inf)
+    error = np.broadcast_to(packet_error(config.wireless, gain_hz, np.maximum(got_hz, 1.0)), rate.shape)
+    course = Course(
+        down_s=view.down_s.astype(np.float64) + load.server_s,
+        compute_s=view.compute_s.astype(np.float64),
+        up_s=up_s,
+        session_s=view.session_s.astype(np.float64),
+        intact=draw.random(len(state)) >= error,
+    )
+    return Airtime(
+        ids=view.ids,
+        course=course,
+        rate_bps=rate,
+        bits_up=bits_up,
+        bits_down=each(load.bits_down, view.ids).astype(np.float64),
+        error=error,
+        compute_j=view.compute_j.astype(np.float64),
+        power_w=power_w,
+    )
+
+
+def ends_by(config: RunConfig, state: RoundState, wanted: int) -> float:
+    """Return by when a round with these k devices will have ended, at equal shares; inf: with the slowest."""
+    if config.selection.mode == "deadline":
+        return config.selection.deadline_s
+    if config.selection.mode == "over-selection" and len(state) > wanted:
+        return float(np.partition(state.time_s, wanted - 1)[wanted - 1])
+    return np.inf
+
+
+def each(values: float | NDArray[np.floating], ids: NDArray[np.int64]) -> Floats:
+    """Return each device's own of what is one number for all, or (N,)."""
+    return (
+        np.full(len(ids), values, np.float32) if np.ndim(values) == 0 else np.asarray(values, np.float32)[ids]
+    )

@@ -1,0 +1,40 @@
+"""What a federation of a wireless fleet works with: a policy and its clock, its models, its receiver."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedlam_app.config import RunConfig
+from fedlam_app.models.split import SplitModel
+from fedlam_app.tasks.base import Task
+from strategies.algorithm import Algorithm
+from strategies.concurrent import Concurrent
+from strategies.hands import Hands
+from strategies.loads import Doubles, WholeLoad
+from strategies.over_air import OverAir
+from strategies.reception import Straight, Summed
+from strategies.split_meter import SplitMeter, Unmetered
+from strategies.versions import Newest, Versions
+from strategies.wireless import Wireless
+
+
+def on_air(
+    config: RunConfig, algorithm: Algorithm, task: Task, model: SplitModel, examples: Doubles
+) -> Hands:
+    """Return what the fleet of ``config`` makes of them; ``examples`` (N,) are the devices'."""
+    split = algorithm.space == "gradient"
+    concurrent = config.selection.mode == "asynchronous" or config.strategy == "fedbuff"
+    steps = 1 if split else config.train.local_steps
+    participation = (Concurrent if concurrent else Wireless)(config, steps, examples.astype(np.float32))
+    reception = Straight(algorithm)
+    if config.wireless.transport == "air":
+        reception = OverAir(algorithm, config.wireless, config.seed)
+    elif algorithm.linear and participation.policy.unbiased:
+        reception = Summed(algorithm)
+    return Hands(
+        participation,
+        Versions(algorithm) if concurrent else Newest(algorithm),
+        reception,
+        SplitMeter(config, task, model, examples) if split else Unmetered(),
+        None if split else WholeLoad(config, task.cost(), model, examples),
+    )
