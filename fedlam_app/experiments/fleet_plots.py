@@ -1,16 +1,14 @@
-"""Figures of a wireless fleet: time to accuracy, fairness and energy, who took part, a map of the devices.
+"""Figures of a wireless fleet: time to accuracy, fairness and energy, and who took part.
 
     time, energy    from ``metrics.jsonl``: lines are means over seeds at the same virtual time, as far as
                     every seed goes, straight between two evaluations; bands are the range
     who             Lorenz curve of c_k, the rounds in which device k's update arrived (M. O. Lorenz, 1905):
                     sum of the n smallest c over the sum of all, against n / N. The dashed curve is what a
                     uniform draw from all devices is expected to give in T rounds: c ~ Bin(T, mean(c) / T)
-    map             where the devices stood when the first cell was last saved, coloured by c_k
 
-Counts are in a cell's saved state (``fleet.history.count``). Of positions it has those that move; the others,
-and the homes of all, come back from the seed, by dropping the same fleet again. Links that somebody measured
-(``fleet.capacity``, ``fleet.speeds``) stand nowhere, and so have no map. Matplotlib is imported inside (it
-costs a second). Units: s, J, m.
+Counts are in a cell's saved state (``fleet.history.count``); the map is in ``fleet_map.py``. Cells whose
+devices did the same, under rules that cost the same, share a line. Matplotlib is imported inside (it costs a
+second). Units: s, J.
 """
 
 from __future__ import annotations
@@ -22,19 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlam_app.experiments import palette, views
+from fedlam_app.experiments.fleet_map import COUNT, NEVER, map_figure
 from fedlam_app.experiments.fleet_table import course_of, fleet_cells, goal_of
 from fedlam_app.experiments.lookup import cells, final_records, label_of, mean_of
 from fedlam_app.experiments.track import RunFolder
 from fedlam_app.experiments.views import Record, number
-from fedlam_app.tables.wireless import FleetConfig, WirelessConfig
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Series = tuple[np.ndarray, np.ndarray]  # seconds, values; each (R,)
-COUNT, LINKS = "fleet.history.count", "fleet.world.links."
-NEVER, SOFT = "#c3cad2", "#8d97a3"  # devices that never took part; what lines are set against
+SOFT = "#8d97a3"  # what lines are set against
 _GRID_POINTS = 400  # at which seeds are averaged
 _UNITS = ((300.0, 1.0, "s"), (2 * 3600.0, 60.0, "min"), (48 * 3600.0, 3600.0, "h"), (np.inf, 86400.0, "days"))
 
@@ -166,85 +163,9 @@ def chosen_figure(folder: RunFolder, records: Sequence[Record]) -> Figure | None
     return figure
 
 
-def map_figure(folder: RunFolder, config: Mapping[str, Any], records: Sequence[Record]) -> Figure | None:
-    """Where the devices of the first cell stood at last, coloured by how often they took part."""
-    import matplotlib.pyplot as plt
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.patches import Circle
-    from matplotlib.ticker import MaxNLocator
-
-    cell = fleet_cells(records)[0]
-    first = next(record for record in records if record["cell"] == cell)
-    state = folder.load_state(str(first["key"]))
-    if state is None or config["fleet.capacity"] or config["fleet.speeds"]:
-        return None
-    count = state[0][COUNT]
-    places, sites, radius_m = positions_m(config, int(first["seed"]), state[0])
-    figure, axes = plt.subplots(figsize=(7.6, 6.4), layout="constrained")
-    for site in sites:
-        axes.add_patch(Circle(tuple(site), radius_m, fill=False, color=NEVER, linewidth=1.0, linestyle="--"))
-    dot = float(np.clip(2e4 / len(count), 1.0, 42.0))  # points^2
-    never = count == 0
-    if never.any():
-        axes.scatter(
-            places[never, 0],
-            places[never, 1],
-            s=0.45 * dot,
-            color=NEVER,
-            linewidths=0,
-            label="never took part",
-            zorder=2,
-        )
-    chosen = np.flatnonzero(~never)
-    chosen = chosen[np.argsort(count[chosen], kind="stable")]  # who came often lies on top
-    if len(chosen):
-        shades = LinearSegmentedColormap.from_list("taking part", ["#8fd0c0", "#2a7fba", "#3b0f5c"])
-        look = {"cmap": shades, "vmin": 1, "vmax": max(int(count.max()), 2), "linewidths": 0}
-        x, y = places[chosen].T
-        dots = axes.scatter(x, y, dot, count[chosen], zorder=3, **look)  # type: ignore[arg-type]
-        ticks = MaxNLocator(integer=True)
-        words = "rounds in which a device took part"
-        bar = figure.colorbar(dots, ax=axes, shrink=0.75, pad=0.02, ticks=ticks, label=words)
-        bar.outline.set_visible(False)
-    stations = "base station" if len(sites) == 1 else "base stations"
-    axes.plot(
-        *sites.T, "^", color="#D55E00", markersize=11, markeredgecolor="white", label=stations, zorder=5
-    )
-    label = label_of(records, cell)
-    axes.set(title=f"The devices of {label}, seed {first['seed']}", xlabel="east (m)", ylabel="north (m)")
-    axes.set_aspect("equal", adjustable="datalim")
-    axes.grid(visible=False)
-    figure.legend(loc="outside lower center", ncols=2)
-    return figure
-
-
 def lorenz(count: NDArray[np.integer]) -> NDArray[np.float64]:
     """Return the share (N + 1,) of all counts that the n smallest have, n = 0..N; somebody has one."""
     return np.append(0.0, np.cumsum(np.sort(count), dtype=np.float64)) / float(count.sum())
-
-
-def positions_m(
-    config: Mapping[str, Any], seed: int, state: Mapping[str, NDArray[np.generic]]
-) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
-    """Return devices (N, 2) and base stations (C, 2) [m] of a saved state, and the radius of a cell [m].
-
-    Sessions play no part in where a device is: a behaviour file need not be there any more.
-    """
-    from fedlam_app.wireless.fleet import Fleet
-    from fedlam_app.wireless.radio import Radio
-
-    tables: dict[str, dict[str, object]] = {"fleet": {}, "wireless": {}}
-    for key, value in config.items():
-        table, _, leaf = key.partition(".")
-        if table in tables:
-            tables[table][leaf] = value
-    fleet = FleetConfig.model_validate({**tables["fleet"], "behaviour": ""})
-    wireless = WirelessConfig.model_validate(tables["wireless"])
-    devices = len(state[COUNT])
-    links = Fleet(fleet, wireless, devices, seed, np.ones(devices)).links
-    assert isinstance(links, Radio)
-    links.load({name.removeprefix(LINKS): a for name, a in state.items() if name.startswith(LINKS)})
-    return links.positions_m(), links.sites, wireless.radius_m
 
 
 # --- lines over virtual time ---------------------------------------------------------------------------

@@ -35,7 +35,7 @@ class FleetRow:
 
 
 def _count(value: float) -> str:
-    return plain(value, ",.0f" if value == round(value) else ",.1f")
+    return plain(value, ",.0f" if value % 1.0 == 0.0 else ",.1f")
 
 
 def _reached(value: float) -> str:
