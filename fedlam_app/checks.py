@@ -13,6 +13,7 @@ from fedlam_app.base.registry import pick
 from fedlam_app.config import CLASSICAL, ConfigError, RunConfig, parse, to_flat
 from fedlam_app.experiments.cells import cells_of
 from fedlam_app.rules import MIXTURE, TEXT_TASKS, about_channels, has_backbone, without_backbone
+from fedlam_app.rules_wireless import has_fleet
 
 BASELINES = {
     "channel-prediction": CLASSICAL,
@@ -30,10 +31,12 @@ def check(config: RunConfig) -> None:
     from fedlam_app.models.predictors import PREDICTORS
     from fedlam_app.tasks import TASKS
     from strategies import ALGORITHMS
+    from strategies.selection import POLICIES
 
     try:
         pick(TASKS, config.task, "task")
         pick(ALGORITHMS, config.strategy, "strategy")
+        pick(POLICIES, config.selection.policy, "selection.policy")
         if about_channels(config):
             pick(PREDICTORS, config.model.name, "model.name")
         if config.job == "compare":
@@ -120,6 +123,13 @@ def _combined(config: RunConfig) -> Iterator[str]:
         yield (
             f"'train.cohort' = {config.train.cohort} is not allowed with 'strategy' = '{name}', where"
             " everyone takes part; it must be 0"
+        )
+    if has_fleet(config) and config.wireless.transport == "air" and not rule.linear:
+        can = [key for key, other in ALGORITHMS.items() if other.linear and key not in NO_COHORT]
+        yield (
+            f"'wireless.transport' = 'air' is not allowed with 'strategy' = '{name}', which needs more than"
+            f" the sum of what devices send; it must be 'ofdma', or the strategy one that averages:"
+            f" {', '.join(can)}"
         )
     if rule.space == "gradient":
         if sentence := rules_split.broken(config):

@@ -40,6 +40,12 @@ def broken(config: RunConfig) -> Iterator[str]:
             f"'wireless.transport' = 'air' is not allowed with {mode}, which would add up the late ones too;"
             " it must be 'ofdma', or the mode 'synchronous' or 'deadline'"
         )
+    for name in ("capacity", "speeds"):
+        if wireless.transport == "air" and getattr(config.fleet, name):
+            yield (
+                f"'wireless.transport' = 'air' is not allowed with 'fleet.{name}', whose links are rates and"
+                " no channels; it must be 'ofdma', or the file none"
+            )
     if selection.mode == "asynchronous" and config.fedbuff.buffer > wanted:
         yield (
             f"'fedbuff.buffer' = {config.fedbuff.buffer} could never fill: {wanted} devices are at work; it"

@@ -29,11 +29,12 @@ from fedlam_app.base.records import (
 from fedlam_app.base.vectors import Vector
 from fedlam_app.tables.jobs import FederationConfig
 from fedlam_app.wireless.fleet import Load
-from strategies.algorithm import Algorithm
+from strategies.algorithm import Algorithm, Plan
 from strategies.base import OWNERS, Cost, Federation, Grid
 from strategies.cohort import Cohort, Said, scalars
 from strategies.hands import Hands
-from strategies.participation import Heard
+
+Bytes = NDArray[np.float64]  # (N,)
 
 
 class AdapterFederation(Federation):
@@ -52,6 +53,7 @@ class AdapterFederation(Federation):
         self.ids = np.array(devices, np.int64)  # (N,)
         self.heard = np.zeros(len(devices), np.int64)  # the last round that each device finished
         self.holds = np.zeros(len(devices), np.int64)  # how many entries each device has
+        self._payloads: dict[tuple[int, Plan], tuple[Bytes, Bytes]] = {}  # by length of a model, and plan
 
     def train_round(self, grid: Grid, number: int) -> Cost:
         """Run round ``number`` (1-based) and return its cost."""
@@ -62,7 +64,7 @@ class AdapterFederation(Federation):
         )
         models, rows = hands.versions.models(), hands.versions.rows(turn)
         cohort = Cohort(algorithm, number, turn.ids, turn.steps, turn.factors, models, rows)
-        hands.reception.begin(turn)
+        heard = hands.begin(turn)
         if turn.ids:
             self._work(grid, cohort)
             if self._weight == 0.0:
@@ -71,7 +73,8 @@ class AdapterFederation(Federation):
             hands.reception.end(number)
             algorithm.step()
             self.loss = self._loss / self._weight
-        hands.settle(Heard(loss=cohort.losses, norm=cohort.norms))
+        heard.loss, heard.norm = cohort.losses, cohort.norms
+        hands.settle(heard)
         return self.cost
 
     def poll(self, grid: Grid, number: int, devices: Sequence[int]) -> dict[int, float]:
@@ -134,6 +137,15 @@ class AdapterFederation(Federation):
 
     def _load(self) -> Load:
         """Return what the next round asks of each device: its own payloads, and the work of its steps."""
+        sort = self.algorithm.models().shape[1], self.algorithm.plan(1)
+        if sort not in self._payloads:  # the same in every round, and passes over all devices
+            self._payloads[sort] = self._payload_bytes()
+        up, down = self._payloads[sort]
+        assert self.hands.whole is not None
+        return self.hands.whole.load(up, down + self._lacking()[self.holds])
+
+    def _payload_bytes(self) -> tuple[Bytes, Bytes]:
+        """Return what each device (N,) sends and is sent, without the entries that it lacks."""
         ranks = self.algorithm.ranks()  # (N,)
         up, down = np.zeros(len(ranks)), np.zeros(len(ranks))
         for rank in np.unique(ranks):
@@ -143,9 +155,7 @@ class AdapterFederation(Federation):
             )
             up[ranks == rank] = framed_bytes((alike.width(sample[0]),))
             down[ranks == rank] = framed_bytes(alike.sent(sample[0]).shape)
-        down += self._lacking()[self.holds]
-        assert self.hands.whole is not None
-        return self.hands.whole.load(up, down)
+        return up, down
 
     def _lacking(self) -> NDArray[np.int64]:
         """Return the bytes of the entries that a device lacks, by how many it holds."""

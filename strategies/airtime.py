@@ -9,28 +9,42 @@ Policies and allocators see gains f a_k and payloads s_k / e, so that for them r
 Where a round ends before its slowest device does (a deadline, over-selection), that device's own computation
 must not decide how the band is shared: whoever cannot be in time at an equal share is planned for the moment
 at which the round will end.
+
+Over the air (``wireless.transport = air``) all send at once, each over the whole band, one entry a symbol:
+
+    T_up = d / B for all,      SNR_k = a_k |h_k|^2 / B a symbol,  |h_k|^2 ~ Exp(1), one draw a round
+
+with a_k the gain without fading. Who is silent (``over_air.heard``) knows it before it starts, and is late.
+Departures: energy is charged at the device's power for all of T_up, whatever the power rule makes of it; the
+fade of the upload is that at which a device decides to take part.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedlam_app.config import RunConfig
+from fedlam_app.wireless.air import airtime_s, participation
 from fedlam_app.wireless.demand import Demand
 from fedlam_app.wireless.errors import packet_error
+from fedlam_app.wireless.fading import block_fading
 from fedlam_app.wireless.fleet import Fleet, Load, View
-from fedlam_app.wireless.power import radio_energy_j
+from fedlam_app.wireless.power import dbm, noise_dbm_hz, radio_energy_j
+from fedlam_app.wireless.power import gain_hz as gain_of
 from fedlam_app.wireless.radio import Radio
 from fedlam_app.wireless.rates import BLOCK_HZ, Link, rate_bps
 from fedlam_app.wireless.shares import allocate
 from strategies.endings import Course, Ending
 from strategies.history import History
+from strategies.over_air import heard
 from strategies.selection.base import Floats, RoundState
 
 Doubles = NDArray[np.float64]
+
+ENTRY_BITS = 32.0  # of a payload, which are one symbol over the air
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +56,11 @@ class Airtime:
     rate_bps: Doubles  # uplink
     bits_up: Doubles
     bits_down: Doubles
-    error: Doubles  # chance that the packet is lost
+    error: Doubles  # chance that the packet is lost; over the air, that a device is silent
     compute_j: Doubles
     power_w: Doubles  # transmitted
+    snr: Doubles = field(default_factory=lambda: np.zeros(0))  # a symbol, faded; over the air alone
+    mean_snr: Doubles = field(default_factory=lambda: np.zeros(0))
 
     def energy_j(self, ending: Ending, steps: int) -> Doubles:
         """Return what each spent until it was done, gone or stopped."""
@@ -108,8 +124,11 @@ def share(
 ) -> Airtime:
     """Share the band among the k devices of ``view`` and ``state``, in a round that ends by ``ends_s``.
 
-    With ``places``, each gets an equal share of that many instead. ``draw`` decides on lost packets.
+    With ``places``, each gets an equal share of that many instead. ``draw`` decides on lost packets and, over
+    the air, on fades.
     """
+    if config.wireless.transport == "air":
+        return _together(config, fleet, view, state, load, draw)
     fixed_s, band_hz, link = state.fixed_s.astype(np.float64), state.band_hz, fleet.link
     if places:
         got_hz = np.full(len(state), band_hz / places)
@@ -155,6 +174,49 @@ def share(
         compute_j=view.compute_j.astype(np.float64),
         power_w=power_w,
     )
+
+
+def _together(
+    config: RunConfig, fleet: Fleet, view: View, state: RoundState, load: Load, draw: np.random.Generator
+) -> Airtime:
+    """Return what becomes of devices that send at once."""
+    wireless, band_hz = config.wireless, state.band_hz
+    mean_snr = _unfaded_hz(config, fleet, view) / band_hz
+    faded = wireless.fading == "block" and isinstance(fleet.links, Radio)
+    snr = view.gain_hz.astype(np.float64) / band_hz
+    if not faded:
+        snr = mean_snr * block_fading(len(state), draw)
+    sends = heard(wireless, snr, mean_snr)
+    bits_up = each(load.bits_up, view.ids).astype(np.float64)
+    up_s = airtime_s(1, band_hz) * bits_up.max(initial=0.0) / ENTRY_BITS
+    silent = 1.0 - participation(wireless.air_threshold) if wireless.air == "truncated" else 0.0
+    return Airtime(
+        ids=view.ids,
+        course=Course(
+            down_s=view.down_s.astype(np.float64) + load.server_s,
+            compute_s=view.compute_s.astype(np.float64),
+            up_s=np.where(sends, up_s, np.inf),
+            session_s=view.session_s.astype(np.float64),
+            intact=np.ones(len(state), bool),
+        ),
+        rate_bps=np.full(len(state), ENTRY_BITS * band_hz),
+        bits_up=bits_up,
+        bits_down=each(load.bits_down, view.ids).astype(np.float64),
+        error=np.full(len(state), silent),
+        compute_j=view.compute_j.astype(np.float64),
+        power_w=view.power_w.astype(np.float64),
+        snr=snr,
+        mean_snr=mean_snr,
+    )
+
+
+def _unfaded_hz(config: RunConfig, fleet: Fleet, view: View) -> Doubles:
+    """Return gains (k,) without fading: the view's own, unless they have a round's draw in them."""
+    wireless = config.wireless
+    if wireless.fading == "ergodic" or not isinstance(fleet.links, Radio):
+        return view.gain_hz.astype(np.float64)
+    noise = noise_dbm_hz(wireless.bs_noise_db, wireless.interference_db)
+    return gain_of(dbm(view.power_w), fleet.links.loss_db[view.ids], noise).astype(np.float64)
 
 
 def ends_by(config: RunConfig, state: RoundState, wanted: int) -> float:

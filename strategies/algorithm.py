@@ -60,6 +60,8 @@ class Algorithm:
         tuple[str, ...]
     ] = ()  # array attributes that a resumed run needs, beside the models
 
+    limits: NDArray[np.int64] | None = None  # (N,) largest rank that a device's memory allows; None: any
+
     def __init__(self, config: RunConfig) -> None:
         self.config = config
 
@@ -85,14 +87,16 @@ class Algorithm:
         return Plan()
 
     def rank(self, device: int) -> int:
-        """Return the LoRA rank of a device: its profile's, or everyone's."""
+        """Return the LoRA rank of a device: its profile's, or everyone's, as far as its memory goes."""
         ranks = self.config.train.ranks
-        return ranks[device % len(ranks)] if ranks else self.layout.rank
+        own = ranks[device % len(ranks)] if ranks else self.layout.rank
+        return own if self.limits is None else min(own, int(self.limits[device]))
 
     def ranks(self) -> NDArray[np.int64]:
         """Return the LoRA ranks (N,) of all devices, in their order."""
         own = self.config.train.ranks or (self.layout.rank,)
-        return np.array(own, np.int64)[self._ids % len(own)]
+        ranks = np.array(own, np.int64)[self._ids % len(own)]
+        return ranks if self.limits is None else np.minimum(ranks, self.limits[self._ids])
 
     def fold(self, device: int, vector: Vector, weight: float) -> None:
         """Take in one device's result (p,); called in the order of the devices."""

@@ -51,6 +51,7 @@ class Cohort:
         self.bytes_up: dict[int, int] = {}  # of everybody who answered, as serialised
         self.bytes_down: dict[int, int] = {}
         self._masks: dict[tuple[str, int], NDArray[np.bool_]] = {}
+        self._widths: dict[int, int] = {}  # by rank: a round asks for it once a device
 
     def chunks(self, algorithm: Algorithm) -> dict[int, int]:
         """Return whose sum each device's vector enters (``packing.py``); nothing where they travel apart.
@@ -78,7 +79,10 @@ class Cohort:
 
     def width(self, device: int) -> int:
         """Return how many values a device hands in."""
-        return int(np.count_nonzero(self.returned(device)))
+        rank = self.kinds[device][1]
+        if rank not in self._widths:
+            self._widths[rank] = int(np.count_nonzero(self.returned(device)))
+        return self._widths[rank]
 
     def _mask(self, name: str, device: int) -> NDArray[np.bool_]:
         key = (name, self.kinds[device][1])

@@ -23,7 +23,7 @@ from strategies.airtime import share
 from strategies.endings import synchronous
 from strategies.participation import Arrays, Heard, Loads, Poll, Turn
 from strategies.selection.base import Outcome
-from strategies.wireless import IDLE_WAIT_S, Wireless
+from strategies.wireless import IDLE_WAIT_S, Wireless, enough
 
 JOB = np.dtype(
     [
@@ -108,6 +108,7 @@ class Concurrent(Wireless):
                 break  # everybody there is has been back in this step, and some were lost
             if len(self.work) == 0:
                 now += IDLE_WAIT_S
+                enough(now - self.now)
                 continue
             first = np.lexsort((self.work["id"], self.work["finish_s"]))[0]
             now = max(now, float(self.work["finish_s"][first]))

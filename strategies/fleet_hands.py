@@ -1,4 +1,7 @@
-"""What a federation of a wireless fleet works with: a policy and its clock, its models, its receiver."""
+"""What a federation of a wireless fleet works with: a policy and its clock, its models, its receiver.
+
+Whoever's memory does not hold its part of the work is never asked (``memory_gate.py``).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from strategies.algorithm import Algorithm
 from strategies.concurrent import Concurrent
 from strategies.hands import Hands
 from strategies.loads import Doubles, WholeLoad
+from strategies.memory_gate import gate
 from strategies.over_air import OverAir
 from strategies.reception import Straight, Summed
 from strategies.split_meter import SplitMeter, Unmetered
@@ -21,11 +25,16 @@ from strategies.wireless import Wireless
 def on_air(
     config: RunConfig, algorithm: Algorithm, task: Task, model: SplitModel, examples: Doubles
 ) -> Hands:
-    """Return what the fleet of ``config`` makes of them; ``examples`` (N,) are the devices'."""
+    """Return what the fleet of ``config`` makes of them; ``examples`` (N,) are the devices'.
+
+    ValueError where no device's memory holds its part of the work.
+    """
     split = algorithm.space == "gradient"
     concurrent = config.selection.mode == "asynchronous" or config.strategy == "fedbuff"
     steps = 1 if split else config.train.local_steps
     participation = (Concurrent if concurrent else Wireless)(config, steps, examples.astype(np.float32))
+    cost, ram = task.cost(), participation.fleet.devices.ram
+    participation.able, algorithm.limits = gate(config, cost, model, algorithm, ram)
     reception = Straight(algorithm)
     if config.wireless.transport == "air":
         reception = OverAir(algorithm, config.wireless, config.seed)
@@ -36,5 +45,5 @@ def on_air(
         Versions(algorithm) if concurrent else Newest(algorithm),
         reception,
         SplitMeter(config, task, model, examples) if split else Unmetered(),
-        None if split else WholeLoad(config, task.cost(), model, examples),
+        None if split else WholeLoad(config, cost, model, examples),
     )

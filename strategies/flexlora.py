@@ -16,12 +16,8 @@ Bytes: r_k (d + l) a linear, up and down.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from fedlam_app.base.layout import Layout
-from fedlam_app.base.vectors import Vector
 from strategies.flora import Stacking, mean, stacked, svd
 
 NEGLIGIBLE = 1e-12  # singular values below this part of the largest are rounding: the factors are float32
@@ -32,10 +28,6 @@ class FlexLora(Stacking):
 
     unlike_ranks = True
 
-    def init(self, vector: Vector, devices: Sequence[int], layout: Layout) -> None:
-        super().init(vector, devices, layout)
-        self._largest = max(self.rank(device) for device in devices)
-
     def step(self) -> None:
         sent = self.taken()
         former, self.vector = self.vector, mean(sent)
@@ -45,4 +37,4 @@ class FlexLora(Stacking):
             root = np.sqrt(np.where(s > NEGLIGIBLE * s[0], s, 0.0))
             a[:] = np.where(root[:, None] > 0.0, root[:, None] * vt, former_a)
             b[:] = u * root
-        self.vector *= self.layout.within(self._largest)
+        self.vector *= self.layout.within(int(self.ranks().max()))

@@ -35,6 +35,12 @@ class Hands:
         """Whether each result is needed on its own, and not only a sum."""
         return self.versions.apart or self.reception.apart
 
+    def begin(self, turn: Turn) -> Heard:
+        """Open a turn; returns what is to be filled in with what comes of it."""
+        self.reception.begin(turn)
+        self.meter.begin()
+        return Heard(bytes_up=self.meter.up, bytes_down=self.meter.down)
+
     def fold(self, turn: Turn, device: int, vector: Vector, weight: float, counted: bool = False) -> None:
         """Give the rule what a device of a turn made of its work; ``counted``: with its factor already."""
         place = turn.ids.index(device)

@@ -2,8 +2,13 @@
 
 The arithmetic and its sources are those of ``wireless/air.py``. What a device sends is its update, the vector
 less where it began (its gradient, in gradient space), so that silence and noise move a model around where it
-is. Only rules that average can do with a sum (``Algorithm.linear``). The simulator keeps the updates of a
-turn, (K, p), because their means and deviations go over the side channel.
+is: of that, the parts that the rule has returned, so that a factor that stays is not touched. Only rules that
+average can do with a sum (``Algorithm.linear``). The simulator keeps the updates of a turn, (K, p), because
+their means and deviations go over the side channel.
+
+Where devices were drawn with unlike chances, what is heard is not divided by its own weights but by those of
+everybody (``reception.Summed``), the chance of silence included. In gradient space the sum is that of the
+LoRA gradients; that the edge server makes them from Jacobians, which no sum can stand for, is left out.
 """
 
 from __future__ import annotations
@@ -61,12 +66,23 @@ class OverAir(Straight):
             return
         devices, rows, shares = zip(*self.sent, strict=True)
         updates, weights = np.stack(rows).astype(np.float64), np.array(shares)  # (k, p), (k,)
+        travels = self._travels(number)
+        updates = updates[:, travels]
         own = [self.places[k] for k in devices]
         snr, mean_snr = np.array(self.turn.snr)[own], np.array(self.turn.mean_snr)[own]
         air = on_air(self.wireless, snr, mean_snr, weights)
         total = (air.theta * air.weights) @ updates
         std = common_std(updates.std(axis=1), weights)
         draw = rng(self.seed, "receiver", number)
-        update = received(total, air, updates.mean(axis=1), std, draw)
+        update = np.zeros(len(travels))
+        base = self.turn.base or float(weights.sum())
+        update[travels] = received(total, air, updates.mean(axis=1), std, draw) * (weights.sum() / base)
         vector = (self.start + update).astype(self.algorithm.models().dtype)
-        self.algorithm.fold(devices[0], vector, float(weights.sum()))
+        self.algorithm.fold(devices[0], vector, base)
+
+    def _travels(self, number: int) -> NDArray[np.bool_]:
+        """Return the mask (p,) of what devices send in a round."""
+        algorithm = self.algorithm
+        if algorithm.space == "gradient":
+            return np.ones(algorithm.layout.size, bool)
+        return algorithm.layout.part(algorithm.plan(number).returns)

@@ -44,7 +44,7 @@ from strategies.hands import Hands
 from strategies.large_model import LargeModel
 from strategies.link import Answer, Errand, Link
 from strategies.modules import Modules
-from strategies.participation import Heard, Turn
+from strategies.participation import Turn
 
 NOTHING = np.zeros(0, np.int64)
 
@@ -94,9 +94,7 @@ class SplitFederation(Federation):
         """Take one server step: gather what lacks, show, collect Jacobians, fold."""
         self.turn = self._turn(step)
         self._asked += len(self.turn.ids)
-        self.heard = Heard()
-        self.hands.meter.begin()
-        self.hands.reception.begin(self.turn)
+        self.heard = self.hands.begin(self.turn)
         self.rows = dict(zip(self.turn.ids, self.hands.versions.rows(self.turn), strict=True))
         cohort = [k for k in self.turn.ids if self.link.has_batch(k, step)]
         errands = self.graded | {}
@@ -112,7 +110,6 @@ class SplitFederation(Federation):
                 self._pass(grid, step, group, self._ahead(step) if group is groups[-1] else {})
         self.hands.reception.end(step)
         self.algorithm.step()
-        self.heard.bytes_up, self.heard.bytes_down = self.hands.meter.up, self.hands.meter.down
         self.hands.settle(self.heard)
         self.link.forget(step)
 

@@ -35,6 +35,15 @@ from strategies.selection.base import Outcome, RoundState
 IDLE_WAIT_S, LONGEST_WAIT_S = 60.0, 7 * 86400.0  # when nobody can be reached
 
 
+def enough(waited_s: float) -> None:
+    """Raise ``RuntimeError`` where nobody could be reached for longer than a run shall wait."""
+    if waited_s > LONGEST_WAIT_S:
+        raise RuntimeError(
+            f"no device could be reached for {LONGEST_WAIT_S / 86400:g} days of virtual time; see"
+            " 'fleet.on-share', 'fleet.battery-floor' and 'wireless.radius-m'"
+        )
+
+
 @dataclass
 class Tally:
     """What the run's log says, summed over turns."""
@@ -75,6 +84,7 @@ class Wireless(Participation):
         self.band_hz = config.wireless.band_mhz * 1e6
         self.wanted = min(config.train.cohort or count, count)
         self.now, self.tally = 0.0, Tally()
+        self.able: NDArray[np.bool_] | None = None  # (N,) whose memory holds the work; None: everyone's
         self._pending: Pending | None = None
 
     # --- a turn -------------------------------------------------------------------------------------
@@ -93,6 +103,8 @@ class Wireless(Participation):
         round_s = pending.polled_s + max(
             float(np.where(ending.arrived, time_s, 0.0).max(initial=0.0)), lost_s
         )
+        if ending.late.all():
+            round_s += IDLE_WAIT_S  # nobody could be in time: asking at once would change nothing
         energy_j = air.energy_j(ending, self.steps)
         loss, norm = heard.of(air.ids)
         arrived = ending.arrived & ~np.isnan(loss)
@@ -144,6 +156,8 @@ class Wireless(Participation):
     def offered(self, number: int, wanted: int, load: Load, places: int = 0) -> tuple[RoundState, View]:
         """Return who can be reached now, as a policy sees it and as the radio does."""
         view = self.fleet.look(number, self.wanted, load)
+        if self.able is not None:
+            view = view.at(np.flatnonzero(self.able[view.ids]))
         seen = number, self.now, wanted, self.band_hz, self.link, view, load, self.history, self.examples
         return known(*seen, places), view
 
@@ -185,11 +199,7 @@ class Wireless(Participation):
             if len(state):
                 break
             self.now += IDLE_WAIT_S
-            if self.now - began > LONGEST_WAIT_S:
-                raise RuntimeError(
-                    f"no device could be reached for {LONGEST_WAIT_S / 86400:g} days of virtual time; see"
-                    " 'fleet.on-share', 'fleet.battery-floor' and 'wireless.radius-m'"
-                )
+            enough(self.now - began)
         draw = rng(self.config.seed, "select", number)
         reachable = float(state.examples.sum(dtype=np.float64))
         asked = self.asked(state, view, load, poll, draw)
@@ -210,6 +220,8 @@ class Wireless(Participation):
             steps=ending.steps[here].tolist(),
             factors=factors[here].tolist(),
             base=0.0 if choice.weights is None else reachable / len(self.examples),
+            snr=air.snr[here].tolist() if len(air.snr) else [],
+            mean_snr=air.mean_snr[here].tolist() if len(air.snr) else [],
         )
         return Pending(number, turn, air, ending, asked.time_s)
 
@@ -223,7 +235,8 @@ class Wireless(Participation):
 
     def _slip_s(self, air: Airtime, heard: Heard) -> NDArray[np.float64]:
         """Return how much later (k,) devices were because their payloads were not what was planned."""
-        if self.config.fleet.update_mb > 0.0:
+        exact = not heard.bytes_up and not heard.bytes_down
+        if exact or self.config.fleet.update_mb > 0.0:
             return np.zeros(len(air.ids))
         up, down = heard.bits(air.ids, air.bits_up, air.bits_down)
         later = (up - air.bits_up) / np.maximum(air.rate_bps, 1e-9)

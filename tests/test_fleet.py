@@ -33,7 +33,11 @@ GB = 1e9
 
 def config(**keys: Scalar) -> RunConfig:
     flat: dict[str, Scalar] = {"fleet.profiles": "lognormal"}
-    return parse(flat | {key.replace("__", ".").replace("_", "-"): value for key, value in keys.items()})
+    return parse(
+        {"job": "train"}
+        | flat
+        | {key.replace("__", ".").replace("_", "-"): value for key, value in keys.items()}
+    )
 
 
 def fleet(devices: int = 2000, seed: int = 7, /, **keys: Scalar) -> Fleet:
