@@ -78,6 +78,7 @@ def _repeats(config: RunConfig) -> Iterator[str]:
         "case-study.seeds": study.seeds,
         "case-study.competitors": study.competitors,
         "compare.strategies": config.compare.strategies,
+        "compare.policies": config.compare.policies,
         "compare.seeds": config.compare.seeds,
     }
     for key, values in lists.items():

@@ -9,17 +9,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fedlam_app.config import RunConfig
 
+WITHOUT_RADIO = ("local", "central")  # no sharing, and one that has everything
 FILES = ("capacity", "behaviour", "speeds")
 
 
 def has_fleet(config: RunConfig) -> bool:
     """Whether devices have radios and a virtual clock; the two bounds have neither."""
-    return config.fleet.profiles != "none" and config.strategy not in ("local", "central")
+    return config.fleet.profiles != "none" and config.strategy not in WITHOUT_RADIO
 
 
 def broken(config: RunConfig) -> Iterator[str]:
     """Yield what the tables ``fleet``, ``wireless`` and ``selection`` forbid each other, and other tables."""
     if config.fleet.profiles == "none":
+        if config.job == "compare" and config.compare.policies:
+            yield (
+                f"'compare.policies' = '{','.join(config.compare.policies)}' needs a fleet to choose from;"
+                " it must be empty with 'fleet.profiles' = 'none'"
+            )
         return
     yield from _files(config)
     selection, wireless = config.selection, config.wireless

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fedlam_app.config import RunConfig, Scalar
+from fedlam_app.rules_wireless import WITHOUT_RADIO
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,12 @@ def cells_of(config: RunConfig) -> list[Cell]:
         return [Cell(config.strategy, _train_label(config), config.seed)]
     if config.job == "compare":
         compare = config.compare
-        return [_strategy(name, seed) for seed in compare.seeds for name in compare.strategies]
+        return [
+            _strategy(name, policy, seed)
+            for seed in compare.seeds
+            for name in compare.strategies
+            for policy in (compare.policies if _chooses(name) else ()) or ("",)
+        ]
     study = config.case_study
     return [cell for seed in study.seeds for cell in _of_seed(config, seed)]
 
@@ -46,13 +52,20 @@ def _train_label(config: RunConfig) -> str:
     return f"{config.strategy}, {config.train.devices} devices"
 
 
-def _strategy(name: str, seed: int) -> Cell:
+def _chooses(name: str) -> bool:
+    """Whether a row of the comparison has devices to choose from."""
+    return name not in CLASSICAL_LABELS and name not in WITHOUT_RADIO
+
+
+def _strategy(name: str, policy: str, seed: int) -> Cell:
     """A row of the comparison: a strategy on the run's own task and devices, or a classical name."""
     if name in CLASSICAL_LABELS:
         return Cell(name, CLASSICAL_LABELS[name], seed, {"seed": seed}, classical=name)
     overrides: dict[str, Scalar] = {"seed": seed, "strategy": name}
     if name == "fedavg-full":  # stands beside LoRA strategies with a tuning of its own
         overrides["model.tuning"] = "full"
+    if policy:
+        return Cell(f"{name}-{policy}", f"{name}, {policy}", seed, overrides | {"selection.policy": policy})
     return Cell(name, name, seed, overrides)
 
 

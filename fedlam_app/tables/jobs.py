@@ -88,6 +88,8 @@ class CompareConfig(Table):
 
     strategies: Annotated[tuple[str, ...], BeforeValidator(split)]
     """Strategies, comma-separated."""
+    policies: Annotated[tuple[str, ...], BeforeValidator(split)]
+    """Selection policies, comma-separated, each under each strategy (with a fleet); empty: the run's own."""
     seeds: Annotated[
         tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(split_integers), Field(min_length=1)
     ]

@@ -114,8 +114,8 @@ class SelectionConfig(Table):
     """Devices polled over devices wanted, for policies that poll (``fedcs``, ``power-of-choice``), and cut
     by channel first (``update-aware``)."""
     v: _NotNegative
-    """Lyapunov's V: ``lyapunov`` weighs utility and queues by it against time [s], ``fedft`` the objective
-    against its queue."""
+    """Lyapunov's V. ``lyapunov``: how many medians of the reachable devices' times a unit of utility or queue
+    is worth; ``fedft``: the objective against the latency queue."""
     eta: _NotNegative
     """``lyapunov``: weight of the participation queues."""
     participation: Share

@@ -3,7 +3,7 @@
     Q_k <- [Q_k + spent_k - e]^+      energy queue [J], e = ``selection.energy-budget-j``; 0: no such queue
     Z_k <- [Z_k + beta - x_k]^+       participation queue, beta = ``selection.participation`` K / N
 
-    min over S of   T(S) - V sum_{k in S} w_k,     T(S) = max_{k in S} t_k [s]
+    min over S of   T(S) - V sum_{k in S} w_k,     T(S) = max_{k in S} t_k [s],   V = v median_k t_k [s]
     w_k = sqrt(U_k / median U) + eta Z_k - Q_k e_k,     U_k = (training examples) x (last loss)
 
 Every round moves the queues of all N devices, reached or not. x_k counts an update that *arrived*; energy
@@ -16,14 +16,15 @@ out. Of the others exactly K are taken, or all where they are fewer; possibly no
 **Exact, at any M.** S is the K heaviest among those that are done by its own T, so it is enough to walk the
 devices by time with the K heaviest so far in a heap. A device whose weight is below that of K faster ones is
 never among them; where M is large, two cuts leave out most of these first (about 3 K (M / K)^(1/3) stay where
-weight and time are unrelated). The walk is in parts; left out is a part where T at its begin, less V times
-the heaviest at its end, is no better than the best known.
+weight and time are unrelated). The walk is in parts, and parts of these; left out is one where T at its
+begin, less V times the heaviest at its end, is no better than the best known.
 
 Drift plus penalty: M. Neely, "Stochastic Network Optimization with Application to Communication and Queueing
 Systems", 2010. The prefix argument is that of RBCS-F (T. Huang et al., "An Efficiency-Boosting Client
 Selection Scheme for Federated Learning with Fairness Guarantee", arXiv:2011.01783). U is after Oort (F. Lai
-et al., arXiv:2010.06081). Departures: V weighs utility *and* queues [s] against time, so a large V is slow
-and fair; U takes the mean loss for the root of the mean square; without a loss the median of those known
+et al., arXiv:2010.06081). Departures: V weighs utility *and* queues against time, so a large V is slow and
+fair, and it is in medians of the reachable devices' times, so that one v suits rounds of seconds and of
+minutes; U takes the mean loss for the root of the mean square; without a loss the median of those known
 stands in, so that newcomers come by Z; e_k is in J and so Q_k e_k in J^2, which for devices of many joules
 makes the budget nearly hard in every window; above 2,048 devices medians are of evenly spaced ones.
 """
@@ -33,6 +34,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,7 +59,9 @@ class Lyapunov(Policy):
         """Return the best set; nothing is drawn."""
         self.beta = self.config.participation * state.wanted / state.devices
         weight = self.weights(state)  # before the times: less memory at once, which malloc then keeps
-        return Choice(fast_and_heavy(state.time_s, weight, state.wanted, self.config.v))
+        time_s = state.time_s
+        v_s = self.config.v * float(_median(time_s, np.ones(len(time_s), np.bool_)))
+        return Choice(fast_and_heavy(time_s, weight, state.wanted, v_s))
 
     def weights(self, state: RoundState) -> Floats:
         """Return w (M,): what a device is worth."""
@@ -113,8 +117,11 @@ def utility(examples: Floats, loss: Floats) -> Floats:
         stand_in = _median(worth, known)
         # Five times as fast as ``where`` on a mask without a pattern.
         np.minimum(worth, np.finfo(np.float32).max, out=worth)
-        worth *= known
-        worth += stand_in * ~known
+        mask = known.astype(np.float32)
+        worth *= mask
+        mask -= np.float32(1.0)
+        mask *= -stand_in
+        worth += mask
     worth *= examples
     middle = _median(worth, np.ones_like(known))
     if not middle > 0.0:
@@ -162,31 +169,62 @@ def _contenders(time_s: Floats, weight: Floats, most: int) -> Places:
     return np.flatnonzero(kept | (weight > least))
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The prefixes that end after place ``start`` and up to ``end``."""
+
+    start: int
+    end: int
+    top: Queue  # (K,) the heaviest before ``start``
+    total: float  # their sum
+    grown: float  # the sum of the heaviest before ``end``
+
+
 def _best_prefix(time_s: Floats, weight: Floats, most: int, v: float) -> int:
     """Return the length of the prefix, by time, whose ``most`` heaviest are the best set."""
     times, weights = time_s.astype(np.float64), weight.astype(np.float64)
-    count = len(times)
+    count, length = len(times), most
     steps = np.geomspace(most, count, 2 + round(3 * math.log2(count / most)))
-    ends = np.unique(np.rint(steps).astype(np.intp))
-    tops = [weights[:most]]
-    for start, end in itertools.pairwise(ends.tolist()):
-        pool = np.concatenate((tops[-1], weights[start:end]))
-        tops.append(np.partition(pool, len(pool) - most)[len(pool) - most :])
-    totals = np.array([top.sum() for top in tops])
-    values = times[ends - 1] - v * totals
-    best, length = float(values.min()), int(ends[np.argmin(values)])
-
-    bounds = times[ends[:-1]] - v * totals[1:]  # what no end inside of a part can go below
-    for part in np.flatnonzero(bounds < best).tolist():
-        heap, total = tops[part].tolist(), float(totals[part])
+    parts = _cut(weights, np.unique(np.rint(steps).astype(np.intp)).tolist(), weights[:most])
+    best = float(times[most - 1]) - v * parts[0].total
+    for finer in (True, False):
+        for part in parts:
+            value = float(times[part.end - 1]) - v * part.grown
+            if value < best:
+                best, length = value, part.end
+        # No end inside of a part can go below its first time less its last total.
+        parts = [part for part in parts if float(times[part.start]) - v * part.grown < best]
+        if finer:
+            parts = [own for part in parts for own in _cut(weights, _evenly(part), part.top)]
+    for part in parts:
+        heap, total = part.top.tolist(), part.total
         heapq.heapify(heap)
-        new = ends[part] + np.flatnonzero(weights[ends[part] : ends[part + 1]] > heap[0])
+        new = part.start + np.flatnonzero(weights[part.start : part.end] > heap[0])
         for place, heavy, when in zip(new.tolist(), weights[new].tolist(), times[new].tolist(), strict=True):
             if heavy > heap[0]:
                 total += heavy - heapq.heapreplace(heap, heavy)
                 if when - v * total < best:
                     best, length = when - v * total, place + 1
     return length
+
+
+def _cut(weights: Queue, ends: list[int], top: Queue) -> list[_Part]:
+    """Return the parts between ``ends``; ``top`` (K,) are the heaviest before the first of them."""
+    parts, total = list[_Part](), float(top.sum())
+    for start, end in itertools.pairwise(ends):
+        pool = np.concatenate((top, weights[start:end]))
+        pool.partition(end - start)
+        later = pool[end - start :]
+        grown = float(later.sum())
+        parts.append(_Part(start, end, top, total, grown))
+        top, total = later, grown
+    return parts
+
+
+def _evenly(part: _Part) -> list[int]:
+    """Return where to cut a part so that walking what is left of it takes no longer than the cuts."""
+    length, pieces = part.end - part.start, min(8, 1 + (part.end - part.start) // 64)
+    return [part.start + length * piece // pieces for piece in range(pieces + 1)]
 
 
 def _largest(values: Floats, rank: int) -> np.float32:
