@@ -28,7 +28,7 @@ RUNS: dict[str, dict[str, Scalar]] = {
     "random, equal split": RANDOM,
     "random, 1.3x over-selection": {"selection.policy": "random", "selection.mode": "over-selection"},
     "default": {},
-    "fair": {"selection.v": 0.05, "selection.participation": 0.8},
+    "fair": {"selection.participation": 0.8},
     "FedBuff, 20 at work, 5 a step": {
         "selection.policy": "random",
         "selection.mode": "asynchronous",

@@ -40,11 +40,12 @@ from flwr.serverapp import Grid, ServerApp
 from benchmarks.fleet_speed import Seconds, watch
 from benchmarks.record import Figure, write_result
 from fedlam_app.base.keys import rng
-from fedlam_app.base.layout import Layout
 from fedlam_app.base.packing import Answer, gathered
 from fedlam_app.base.records import TrainOrder, decode, reply
+from fedlam_app.base.vectors import pack
 from fedlam_app.config import Scalar, parse
 from fedlam_app.experiments.track import RunFolder
+from fedlam_app.models.factors import layout_of
 from fedlam_app.tasks.mixture import Mixture
 from strategies.adapter_round import AdapterFederation
 from strategies.base import Cost
@@ -54,7 +55,7 @@ from strategies.wireless import Wireless
 
 SEED = 2025
 FEW, MANY, COHORT = 1_000, 100_000, 1_000
-VALUES, SMALL = 400_000, 10_000  # float32: 1.6 MB, and 40 kB for one message a device
+WIDE, NARROW = 5_970, 149  # hidden units: 400,000 values or 1.6 MB, and 40 kB for one message a device
 WARM, ROUNDS = 3, 15
 APP = """
 from benchmarks import flower_scale
@@ -106,11 +107,11 @@ def serve(grid: Grid, context: Context) -> None:
     import psutil
 
     process, folder = psutil.Process(), Path(str(context.run_config["result"])).parent
-    few = federation(FEW, VALUES, 2)
+    few = federation(FEW, WIDE, 2)
     for number in range(1, WARM + 1):
         one_round(grid, few, number, folder)
     before = process.memory_info().rss
-    many = federation(MANY, VALUES, 2)
+    many = federation(MANY, WIDE, 2)
     for number in range(1, WARM + 1):
         one_round(grid, many, number, folder)
     grown = process.memory_info().rss - before
@@ -161,12 +162,14 @@ def watched(one: AdapterFederation) -> Seconds:
 
 
 def federation(
-    devices: int, values: int, supernodes: int, rule: type[FedAvgLora] = FedAvgLora
+    devices: int, hidden: int, supernodes: int, rule: type[FedAvgLora] = FedAvgLora
 ) -> AdapterFederation:
-    """Return a FedAvg of ``values`` values over a fleet, of which ``COHORT`` devices take part in a round."""
+    """Return a FedAvg of a perceptron over a fleet, of which ``COHORT`` devices take part in a round."""
     flat: dict[str, Scalar] = {
         "job": "train",
         "task": "mixture",
+        "mixture.features": 56,
+        "mixture.hidden": hidden,
         "seed": SEED,
         "train.devices": devices,
         "train.cohort": COHORT,
@@ -178,13 +181,12 @@ def federation(
         "fleet.flops-per-sample": 0.1e9,
     }
     config = parse(flat)
-    algorithm = rule(config)
-    start = rng(SEED, "start").standard_normal(values).astype(np.float32)
-    algorithm.init(start, range(devices), Layout.of([("all", (values,))]))
-    task = Mixture(config)
-    examples = task.examples_of_all().astype(np.float64)
-    hands = on_air(config, algorithm, task, task.build_model(), examples)
-    return AdapterFederation(algorithm, "{}", range(devices), config.federation, hands)
+    algorithm, task = rule(config), Mixture(config)
+    model, examples = task.build_model(), task.examples_of_all().astype(np.float64)
+    ids = list(range(devices))
+    algorithm.init(pack(model.trainable().values()), ids, layout_of(model, 1.0))
+    hands = on_air(config, algorithm, task, model, examples)
+    return AdapterFederation(algorithm, "{}", ids, config.federation, hands)
 
 
 class OneByOne(FedAvgLora):
@@ -235,7 +237,7 @@ def one_by_one() -> float:
 
     models = []
     for rule, nodes in ((FedAvgLora, 2), (OneByOne, COHORT)):
-        one = federation(FEW, SMALL, nodes, rule)
+        one = federation(FEW, NARROW, nodes, rule)
         for number in (1, 2):
             one.train_round(InProcessGrid(client, nodes, {}), number)
         models.append(one.algorithm.models()[0].astype(np.float64))

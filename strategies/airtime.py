@@ -64,7 +64,8 @@ class Airtime:
 
     def energy_j(self, ending: Ending, steps: int) -> Doubles:
         """Return what each spent until it was done, gone or stopped."""
-        whole = self.compute_j * ending.steps / steps + radio_energy_j(self.power_w, self.course.up_s)
+        sent_s = np.where(np.isfinite(self.course.up_s), self.course.up_s, 0.0)
+        whole = self.compute_j * ending.steps / steps + radio_energy_j(self.power_w, sent_s)
         share = ending.worked_s / np.maximum(ending.time_s, 1e-12)
         return np.where(np.isfinite(ending.time_s), whole * np.clip(share, 0.0, 1.0), 0.0)
 

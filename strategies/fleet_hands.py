@@ -44,6 +44,6 @@ def on_air(
         participation,
         Versions(algorithm) if concurrent else Newest(algorithm),
         reception,
-        SplitMeter(config, task, model, examples) if split else Unmetered(),
+        SplitMeter(config, cost, task.selection, model, examples) if split else Unmetered(),
         None if split else WholeLoad(config, cost, model, examples),
     )

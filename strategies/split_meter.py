@@ -18,7 +18,7 @@ from fedlam_app.base.split_bytes import downlink_bytes, uplink_bytes
 from fedlam_app.config import RunConfig
 from fedlam_app.models.split import SplitModel
 from fedlam_app.rules_split import takes_part
-from fedlam_app.tasks.base import Task
+from fedlam_app.tasks.base import Cost, Selection
 from fedlam_app.wireless.fleet import Load
 from strategies.loads import FLOAT_BYTES, Doubles, samples_a_step, split_load
 
@@ -59,10 +59,12 @@ class Unmetered:
 class SplitMeter(Unmetered):
     """The links of all devices (N,), which are numbered from 0."""
 
-    def __init__(self, config: RunConfig, task: Task, model: SplitModel, examples: Doubles) -> None:
-        """``examples`` (N,) are the devices' own."""
+    def __init__(
+        self, config: RunConfig, cost: Cost, selection: Selection, model: SplitModel, examples: Doubles
+    ) -> None:
+        """``cost`` and ``selection`` are the task's, ``examples`` (N,) the devices' own."""
         self.config, self.width = config, int(model.backbone.width)  # type: ignore[arg-type]
-        self.cost, self.tails = task.cost(), task.selection == "tail"
+        self.cost, self.tails = cost, selection == "tail"
         own = sum(p.numel() for p in model.device_side().values())
         modules = FLOAT_BYTES * own if config.split.heads == "averaged" else 0
         self.modules = modules / (config.split.average_every * config.train.local_steps)

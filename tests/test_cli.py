@@ -63,6 +63,11 @@ def test_a_dry_run_prints_the_command_and_starts_nothing(home: Path) -> None:
         (["-c", "train.round=3"], "unknown key 'train.round'; did you mean 'train.rounds'?"),
         (["-c", "train.rounds=three"], "'train.rounds' = 'three' is not allowed: it must be an integer"),
         (["-c", "strategy=fedavg-lroa"], "unknown strategy 'fedavg-lroa'; did you mean 'fedavg-lora'?"),
+        (["-c", "selection.policy=lyapnov"], "unknown selection.policy 'lyapnov'; did you mean 'lyapunov'?"),
+        (
+            ["-c", "job=train fleet.profiles=edge wireless.transport=air selection.mode=over-selection"],
+            "'wireless.transport' = 'air' is not allowed with 'selection.mode' = 'over-selection'",
+        ),
         (["-c", "train.rounds 3"], "'train.rounds 3' in --run-config is not a key=value"),
         (["-c", "missing.toml"], "--run-config missing.toml cannot be read"),
         (["-c", "model.weights=/nowhere"], "'model.weights' = '/nowhere' does not exist"),
@@ -84,6 +89,8 @@ SPLIT: dict[str, Scalar] = {"job": "train", "strategy": "fedsgd-lora", "model.ba
 COMPARE: dict[str, Scalar] = {"job": "compare", "model.backbone": "random"}
 PROBE: dict[str, Scalar] = {"compare.strategies": "fedit,linear-probe"}
 UNLIKE: dict[str, Scalar] = {"train.ranks": "2,8"}
+FLEET: dict[str, Scalar] = {"fleet.profiles": "mixed"}
+AIR: dict[str, Scalar] = FLEET | {"wireless.transport": "air"}
 REFUSED: list[tuple[dict[str, Scalar], str]] = [
     (SPLIT | {"model.tuning": "ln"}, "'model.tuning' = 'ln': the edge server trains LoRA factors"),
     (
@@ -158,6 +165,23 @@ REFUSED: list[tuple[dict[str, Scalar], str]] = [
     ({"train.cohort": 1}, "'train.cohort' = 1 is not allowed with 'job' = 'case-study'"),
     (UNLIKE, "'train.ranks' = '2,8' is not allowed with 'job' = 'case-study'"),
     (
+        SPLIT | AIR | {"strategy": "median"},
+        "'wireless.transport' = 'air' is not allowed with 'strategy' = 'median', which needs more than the"
+        " sum of what devices send; it must be 'ofdma', or the strategy one that averages: fedsgd-lora,",
+    ),
+    (
+        TEXT | AIR | {"strategy": "flora"},
+        "'wireless.transport' = 'air' is not allowed with 'strategy' = 'flora'",
+    ),
+    (
+        SPLIT | AIR | {"strategy": "fedbuff"},
+        "is not allowed with 'strategy' = 'fedbuff', which needs more than",
+    ),
+    (
+        SPLIT | FLEET | {"selection.policy": "randon"},
+        "unknown selection.policy 'randon'; did you mean 'random'?",
+    ),
+    (
         COMPARE | {"compare.strategies": "fedit,flaro"},
         "unknown strategy in 'compare.strategies': 'flaro'; did you mean 'flora'?",
     ),
@@ -191,6 +215,9 @@ ALLOWED: list[dict[str, Scalar]] = [
     {"model.backbone": "random"},
     {"model.backbone": "random", "strategy": "flora"},
     SPLIT,
+    SPLIT | AIR,
+    TEXT | AIR | {"strategy": "ffa-lora"},
+    SPLIT | {"strategy": "median", "wireless.transport": "air"},  # no fleet, no radio
     SPLIT | {"model.name": "llm4cp", "train.ranks": "8,8"},
     SPLIT | TEXT | {"wire.jacobian": "top-k", "wire.delta": True, "model.precision": "float64"},
     SPLIT | TEXT | {"split.device-blocks": 5},

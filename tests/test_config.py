@@ -85,6 +85,8 @@ def test_a_configuration_is_frozen() -> None:
 
 
 TEXT: dict[str, Scalar] = {"job": "train", "task": "text-classification"}
+FLEET: dict[str, Scalar] = {"job": "train", "fleet.profiles": "phones"}
+AIR: dict[str, Scalar] = {"wireless.transport": "air"}
 BAD: list[tuple[dict[str, Scalar], str]] = [
     ({"data.user": 3}, "unknown key 'data.user'; did you mean 'data.users'?"),
     (
@@ -183,6 +185,49 @@ BAD: list[tuple[dict[str, Scalar], str]] = [
     (TEXT | {"text.pool": "first", "model.backbone": "random-gpt2"}, "'text.pool' = 'first' is not allowed"),
     (TEXT | {"task": "language-modelling"}, "'model.backbone' = 'minilm' is not allowed with 'task'"),
     (TEXT | {"model.backbone": "none", "model.name": "gru"}, "is not allowed with 'model.backbone' = 'none'"),
+    (
+        FLEET | {"job": "case-study"},
+        "'fleet.profiles' = 'phones' is not allowed with 'job' = 'case-study', whose servers have wires;",
+    ),
+    (
+        FLEET | AIR | {"selection.mode": "asynchronous"},
+        "'wireless.transport' = 'air' is not allowed with 'selection.mode' = 'asynchronous', whose devices do"
+        " not send together; it must be 'ofdma', or the mode 'synchronous'",
+    ),
+    (
+        FLEET | AIR | {"selection.mode": "over-selection"},
+        "with 'selection.mode' = 'over-selection', which would add up the late ones too; it must be 'ofdma'",
+    ),
+    (
+        FLEET | AIR | {"fleet.capacity": __file__},
+        "'wireless.transport' = 'air' is not allowed with 'fleet.capacity', whose links are rates",
+    ),
+    (
+        FLEET | AIR | {"fleet.speeds": __file__},
+        "'air' is not allowed with 'fleet.speeds', whose links are rates",
+    ),
+    (
+        FLEET | {"selection.mode": "asynchronous", "fedbuff.buffer": 4, "train.cohort": 3},
+        "'fedbuff.buffer' = 4 could never fill: 3 devices are at work; it must be 1 to 3",
+    ),
+    (
+        FLEET | {"wireless.scenario": "indoor", "wireless.indoor-share": 0.5},
+        "'wireless.indoor-share' = 0.5 is not allowed with 'wireless.scenario' = 'indoor'",
+    ),
+    (
+        FLEET | {"fleet.behaviour": "mine.csv"},
+        "'fleet.behaviour' = 'mine.csv' is not allowed: it must be an abs",
+    ),
+    (
+        FLEET | {"fleet.capacity": "/nowhere"},
+        "'fleet.capacity' = '/nowhere' does not exist; it must name a file",
+    ),
+    (FLEET | {"fleet.profiles": "phone"}, "'fleet.profiles' = 'phone' is not allowed: it must be"),
+    (
+        FLEET | {"selection.deadline-s": 0},
+        "'selection.deadline-s' = 0 is not allowed: it must be a number above 0",
+    ),
+    (FLEET | {"wireless.cells": 3}, "'wireless.cells' = 3 is not allowed: it must be"),
     ({"results": "runs/1"}, "'results' = 'runs/1' is not allowed: it must be an absolute path"),
     ({"results": __file__}, "is a file; it must be a folder"),
 ]

@@ -107,15 +107,19 @@ def _check_adapter(flat: dict[str, Scalar], adapter: Path, vector: np.ndarray) -
 COMPARED = ("fedsgd-lora", "median", "fedbuff", "splitlora", "fedit", "flora", "fed-sb", "scaffold")
 
 
-def test_strategies_side_by_side_through_ray_equal_the_in_process_run_bit_for_bit(
+def test_strategies_over_a_fleet_through_ray_equal_the_in_process_run_bit_for_bit(
     flower: dict[str, str], tmp_path: Path
 ) -> None:
+    """Side by side: models, and all that the fleet, its policy and its clock remember, in each state file."""
     results = tmp_path / "ray"
     compared: dict[str, Scalar] = {
         "job": "compare",
         "compare.strategies": ",".join(COMPARED),
         "compare.seeds": 7,
         "fedbuff.buffer": 2,
+        "fleet.profiles": "mixed",
+        "fleet.on-share": 1.0,  # of so few devices the usual share would be nobody
+        "train.cohort": 3,
         "federation.server-threads": 1,
     }
     texts = tiny_text_run(tmp_path) | compared
@@ -134,6 +138,8 @@ def test_strategies_side_by_side_through_ray_equal_the_in_process_run_bit_for_bi
         state = f"state/{name}-seed7.safetensors"
         ours, theirs = load_file(results / state), load_file(folder.path / state)
         assert set(ours) == set(theirs)
+        assert {"fleet.world.now_s", "fleet.history.count", "fleet.policy.participation"} <= set(ours)
+        assert ours["fleet.own.now"] > 0.0
         for key, array in ours.items():
             np.testing.assert_array_equal(array, theirs[key], err_msg=f"{name}: {key}")
         for key in ("accuracy", "loss", "train_loss", "own_loss", "failures", "seconds"):
