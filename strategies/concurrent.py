@@ -136,7 +136,9 @@ class Concurrent(Wireless):
         draw = rng(self.config.seed, "select", self.starts)
         asked = self.asked(state, view, load, poll, draw)
         state, view = asked.state, asked.view
-        places = np.sort(self.policy.select(state, draw).places)
+        choice = self.policy.select(state, draw)
+        order = np.argsort(choice.places)
+        places = choice.places[order]
         air = share(
             self.config, self.fleet, view.at(places), state.at(places), load, np.inf, draw, self.wanted
         )
@@ -145,6 +147,8 @@ class Concurrent(Wireless):
         jobs = np.zeros(len(places), JOB)
         jobs["id"], jobs["began_s"], jobs["version"] = air.ids, now, version
         jobs["finish_s"], jobs["arrives"] = now + asked.time_s + ending.worked_s, ending.arrived
-        jobs["energy_j"], jobs["factor"] = energy_j, 1.0
+        jobs["energy_j"] = energy_j
+        # Without rounds there is no sum to be unbiased: the weights are relative.
+        jobs["factor"] = 1.0 if choice.weights is None else choice.weights[order]
         self.fleet.spend(air.ids, energy_j)
         self.work = np.concatenate([self.work, jobs])

@@ -1,6 +1,7 @@
 """A Ray cluster of two nodes, as processes: `fedlam run` trains a fleet on both and starts no Ray of its own.
 
-The nodes are what ``ray start`` starts, on two addresses of the loopback, with one CPU and so one actor each.
+The nodes are what ``ray start`` starts: the head on the host's own address, the other on one of the loopback
+(Linux has all of 127/8), each with one CPU and so one actor.
 """
 
 from __future__ import annotations
