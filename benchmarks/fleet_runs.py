@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
+from flwr.app import Message
 
 from benchmarks.split_scale import own_devices
 from fedlam_app.config import Scalar, parse
@@ -77,8 +79,15 @@ def run(
             course.accuracy.append(float(task.metrics("test", table)["accuracy"]))
             if until is not None and until(course):
                 break
-    course.fleet = federation.hands.participation.summary()
+    course.fleet = {**federation.hands.participation.summary(), "computed": _computed(grid.delivered)}
     return course
+
+
+def _computed(delivered: Sequence[Message]) -> int:
+    """Return how many devices' local training was really run, by the orders that went out; a poll is none."""
+    orders = [message.content.config_records["config"] for message in delivered if message.has_content()]
+    steps = [order["steps"] for order in orders if order["type"] == "TrainOrder"]
+    return sum(count > 0 for own in steps for count in cast(list[int], own))
 
 
 def main() -> None:

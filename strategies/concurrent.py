@@ -80,7 +80,7 @@ class Concurrent(Wireless):
             round_s=back.ends_s - self.now,
         )
         self.now = back.ends_s
-        self._learn(outcome, late=0)
+        self._learn(outcome, trained=len(jobs))
 
     def at_work(self) -> set[int]:
         return set(self.work["version"].tolist())

@@ -121,7 +121,7 @@ class Wireless(Participation):
         )
         self.now += round_s
         self.fleet.spend(air.ids, energy_j)
-        self._learn(outcome, late=int(ending.late.sum()))
+        self._learn(outcome, trained=int((ending.arrived | ending.lost).sum()))
 
     def seconds(self) -> float:
         return self.now
@@ -173,17 +173,16 @@ class Wireless(Participation):
             self.tally.energy_j += float(found.energy_j.sum())
         return found
 
-    def _learn(self, outcome: Outcome, late: int) -> None:
-        """Give a round's outcome to whoever learns from it, and to the log."""
+    def _learn(self, outcome: Outcome, trained: int) -> None:
+        """Give a round's outcome to whoever learns from it, and to the log; ``trained`` worked to the end."""
         self.policy.feedback(outcome)
         self.history.note(outcome)
-        arrived, chosen = int(outcome.arrived.sum()), len(outcome.ids)
-        tally = self.tally
-        tally.chosen += chosen
-        tally.late += late
-        tally.trained += chosen - late
+        arrived, tally = int(outcome.arrived.sum()), self.tally
+        tally.chosen += len(outcome.ids)
+        tally.late += len(outcome.ids) - trained
+        tally.trained += trained
         tally.arrived += arrived
-        tally.lost += chosen - late - arrived
+        tally.lost += trained - arrived
         tally.energy_j += float(outcome.energy_j.sum())
 
     # --- helpers ------------------------------------------------------------------------------------
