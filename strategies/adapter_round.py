@@ -169,7 +169,8 @@ class AdapterFederation(Federation):
         if chunks:
             self._work_in_sums(grid, cohort, chunks)
             return
-        shares = self.shares(grid, cohort.devices)
+        work = [cohort.steps[k] * self.hands.samples(k) for k in cohort.devices]
+        shares = self.shares(grid, cohort.devices, work)
         orders = [(node, self._order(own, cohort, {})) for node, own in shares]
         self.ask(grid, cohort.number, orders, TrainReport, lambda report: self._take_vectors(cohort, report))
 

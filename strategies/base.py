@@ -142,10 +142,16 @@ class Federation(Strategy):
         self.cost.exchange_s += time.monotonic() - started
         self.cost.waited_s += self._slowest_s
 
-    def shares(self, grid: Grid, devices: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-        """Yield (SuperNode, its devices): contiguous slices, or each device at its own site."""
+    def shares(
+        self, grid: Grid, devices: Sequence[int], work: Sequence[float] | None = None
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Yield (SuperNode, its devices): contiguous slices, or each device at its own site.
+
+        Slices are of like ``work``, by what each device is expected to do; without it, of like numbers.
+        """
         if self.sites is None:
-            for node, slots in self.slices(grid, len(devices)):
+            nodes = self._nodes(grid)
+            for node, slots in zip(nodes, balanced(work or [1.0] * len(devices), len(nodes)), strict=False):
                 yield node, [devices[slot] for slot in slots]
             return
         at = self.sites.places(grid, self._nodes(grid), self.timeout_s, self.failed)
@@ -158,8 +164,7 @@ class Federation(Strategy):
     def slices(self, grid: Grid, items: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
         """Cut ``items`` slots into contiguous slices, one for each SuperNode."""
         nodes = self._nodes(grid)
-        cut = np.array_split(np.arange(items), min(len(nodes), items)) if items else []
-        yield from zip(nodes, cut, strict=False)
+        yield from zip(nodes, balanced([1.0] * items, len(nodes)), strict=False)
 
     def failed(self, reason: str) -> None:
         """Count a failure, and say it."""
@@ -253,3 +258,15 @@ class Federation(Strategy):
         self.cost.cpu_s += report.cpu_s
         self.cost.peak_rss_bytes = max(self.cost.peak_rss_bytes, report.peak_rss_bytes)
         return report
+
+
+def balanced(work: Sequence[float], parts: int) -> list[NDArray[np.int64]]:
+    """Cut slots into at most ``parts`` contiguous slices, none empty, whose sums of ``work`` are alike.
+
+    Contiguous, because answers are folded in the order of the slots: the cut must not move a result.
+    """
+    sizes = np.asarray(work, np.float64)
+    # A slot belongs to the slice in which the middle of its work lies.
+    middle = np.cumsum(sizes) - sizes / 2.0
+    owner = np.minimum((middle / max(sizes.sum(), 1e-300) * parts).astype(np.int64), parts - 1)
+    return [np.flatnonzero(owner == part) for part in np.unique(owner)]

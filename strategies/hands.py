@@ -35,6 +35,10 @@ class Hands:
         """Whether each result is needed on its own, and not only a sum."""
         return self.versions.apart or self.reception.apart
 
+    def samples(self, device: int) -> float:
+        """Return how much a local step of a device is, where that is known."""
+        return 1.0 if self.whole is None else float(self.whole.samples[device])
+
     def begin(self, turn: Turn) -> Heard:
         """Open a turn; returns what is to be filled in with what comes of it."""
         self.reception.begin(turn)

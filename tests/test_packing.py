@@ -34,7 +34,7 @@ from fedlam_app.grid import InProcessGrid
 from strategies import ALGORITHMS
 from strategies.adapter_round import AdapterFederation
 from strategies.algorithm import Algorithm
-from strategies.base import Cost
+from strategies.base import Cost, balanced
 from strategies.participation import Drawn, Loads, Poll, Turn
 
 RANK, COUNT = 2, 40
@@ -306,3 +306,14 @@ def test_a_hundred_thousand_devices_draw_and_resume_as_a_few_do() -> None:
     np.testing.assert_array_equal(first.algorithm.models(), second.algorithm.models())
     np.testing.assert_array_equal(first.heard, second.heard)
     assert set(np.flatnonzero(second.heard == 2)) == set(cohort)
+
+
+@given(work=st.lists(st.floats(0.01, 100.0), max_size=40), parts=st.integers(1, 9))
+def test_slices_are_of_like_work(work: list[float], parts: int) -> None:
+    cut = balanced(work, parts)
+    assert [slot for own in cut for slot in own.tolist()] == list(range(len(work)))
+    assert len(cut) <= parts
+    assert all(len(own) for own in cut)
+    if work:
+        heaviest = max(sum(work[slot] for slot in own) for own in cut)
+        assert heaviest <= sum(work) / parts + max(work) * (1.0 + 1e-9)
