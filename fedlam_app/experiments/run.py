@@ -117,8 +117,8 @@ class _Run:
         config = self.config
         with self.lock:  # torch's generator is one for all threads: two models built at once would mix draws
             model = self.task.build_model()
-        share = model.trainable_share()
-        federation = federate(config, json.dumps(self.cell.overrides, sort_keys=True), self.task, model)
+            share = model.trainable_share()  # and a fleet counts a model's cost
+            federation = federate(config, json.dumps(self.cell.overrides, sort_keys=True), self.task, model)
         done = self._resume(federation)
         self.progress.advance(max(done, 0) * self.device_rounds)
         if done < 0:
