@@ -78,7 +78,7 @@ def in_round(number: int, wanted: int, band_hz: float, **known: NDArray[np.gener
         ids=np.arange(devices),
         last=zeros,
         count=zeros,
-        **{name: known.get(name, ones).astype(np.float32) for name in names},
+        **{name: known.get(name, ones).astype(np.float32) for name in names},  # type: ignore[arg-type]
     )
 
 

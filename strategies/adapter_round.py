@@ -60,7 +60,7 @@ class AdapterFederation(Federation):
         self.cost, self._loss, self._weight = Cost(), 0.0, 0.0
         algorithm, hands = self.algorithm, self.hands
         turn = self.turn = hands.participation.turn(
-            number, self._load, lambda devices: self.poll(grid, number, devices)
+            number, lambda: self._load(number), lambda devices: self.poll(grid, number, devices)
         )
         models, rows = hands.versions.models(), hands.versions.rows(turn)
         cohort = Cohort(algorithm, number, turn.ids, turn.steps, turn.factors, models, rows)
@@ -135,24 +135,23 @@ class AdapterFederation(Federation):
         """Return the places of devices in the arrays of all of them."""
         return np.searchsorted(self.ids, devices)
 
-    def _load(self) -> Load:
-        """Return what the next round asks of each device: its own payloads, and the work of its steps."""
-        sort = self.algorithm.models().shape[1], self.algorithm.plan(1)
-        if sort not in self._payloads:  # the same in every round, and passes over all devices
-            self._payloads[sort] = self._payload_bytes()
+    def _load(self, number: int) -> Load:
+        """Return what a round asks of each device: its own payloads, and the work of its steps."""
+        sort = self.algorithm.models().shape[1], self.algorithm.plan(number)
+        if sort not in self._payloads:  # rounds are of few sorts, and each passes over all devices
+            self._payloads[sort] = self._payload_bytes(number)
         up, down = self._payloads[sort]
         assert self.hands.whole is not None
         return self.hands.whole.load(up, down + self._lacking()[self.holds])
 
-    def _payload_bytes(self) -> tuple[Bytes, Bytes]:
+    def _payload_bytes(self, number: int) -> tuple[Bytes, Bytes]:
         """Return what each device (N,) sends and is sent, without the entries that it lacks."""
         ranks = self.algorithm.ranks()  # (N,)
         up, down = np.zeros(len(ranks)), np.zeros(len(ranks))
         for rank in np.unique(ranks):
             sample = [int(self.ids[np.argmax(ranks == rank)])]
-            alike = Cohort(
-                self.algorithm, 1, sample, [1], [1.0], self.algorithm.models(), self.algorithm.rows(sample)
-            )
+            models, rows = self.algorithm.models(), self.algorithm.rows(sample)
+            alike = Cohort(self.algorithm, number, sample, [1], [1.0], models, rows)
             up[ranks == rank] = framed_bytes((alike.width(sample[0]),))
             down[ranks == rank] = framed_bytes(alike.sent(sample[0]).shape)
         return up, down

@@ -53,6 +53,7 @@ class Airtime:
 
     ids: NDArray[np.int64]
     course: Course
+    download_s: Doubles  # of the course's down_s, what the downlink takes
     rate_bps: Doubles  # uplink
     bits_up: Doubles
     bits_down: Doubles
@@ -99,6 +100,7 @@ def known(
         devices=len(examples),
         wanted=wanted,
         band_hz=band_hz,
+        sharers=places,
         ids=view.ids,
         gain_hz=gain,
         fixed_s=view.down_s + view.compute_s + np.float32(load.server_s),
@@ -150,7 +152,11 @@ def share(
             ),
         )
         got_hz, power_w = given.band_hz, given.power_w
-    gain_hz = view.gain_hz.astype(np.float64) * power_w / view.power_w
+    # A radio that whispers below the link's floor is not heard: it speaks up, as far as it can.
+    full_hz, full_w = view.gain_hz.astype(np.float64), view.power_w.astype(np.float64)
+    heard_hz = np.minimum(link.floor * np.maximum(got_hz, BLOCK_HZ), full_hz)
+    gain_hz = np.where(power_w > 0.0, np.maximum(full_hz * power_w / full_w, heard_hz), 0.0)
+    power_w = full_w * gain_hz / np.maximum(full_hz, 1e-30)
     # What was planned by is what happens; but modulation comes in steps, which no plan can invert.
     steps = config.wireless.rate == "cqi" and isinstance(fleet.links, Radio)
     law = config.wireless if steps else link
@@ -168,6 +174,7 @@ def share(
     return Airtime(
         ids=view.ids,
         course=course,
+        download_s=view.down_s.astype(np.float64),
         rate_bps=rate,
         bits_up=bits_up,
         bits_down=each(load.bits_down, view.ids).astype(np.float64),
@@ -193,6 +200,7 @@ def _together(
     silent = 1.0 - participation(wireless.air_threshold) if wireless.air == "truncated" else 0.0
     return Airtime(
         ids=view.ids,
+        download_s=view.down_s.astype(np.float64),
         course=Course(
             down_s=view.down_s.astype(np.float64) + load.server_s,
             compute_s=view.compute_s.astype(np.float64),

@@ -56,7 +56,7 @@ class Concurrent(Wireless):
         self.work = np.zeros(0, JOB)
         self.starts = 0
         self._back: Back | None = None
-        self.buffer = min(self.config.fedbuff.buffer, self.wanted)
+        self.buffer = self.policy.a_turn = min(self.config.fedbuff.buffer, self.wanted)
 
     def turn(self, number: int, load: Loads, poll: Poll | None) -> Turn:
         if self._back is None or self._back.number != number:
@@ -103,9 +103,12 @@ class Concurrent(Wireless):
         """Send devices out and take them back until enough updates have arrived."""
         now, back = self.now, np.zeros(0, JOB)
         while int(back["arrives"].sum()) < self.buffer:
-            self._send(number - 1, now, load, poll, back["id"])
+            reachable = self._send(number, now, load, poll, back["id"])
             if len(self.work) == 0 and len(back):
                 break  # everybody there is has been back in this step, and some were lost
+            if len(self.work) == 0 and reachable:
+                now += IDLE_WAIT_S
+                break  # the policy wants nobody now: it may once it has learned that time went by
             if len(self.work) == 0:
                 now += IDLE_WAIT_S
                 enough(now - self.now)
@@ -123,14 +126,17 @@ class Concurrent(Wireless):
         )
         return Back(number, back, turn, now)
 
-    def _send(self, version: int, now: float, load: Load, poll: Poll | None, done: NDArray[np.int64]) -> None:
-        """Let the policy fill the free places; nobody is sent twice in one step."""
+    def _send(self, number: int, now: float, load: Load, poll: Poll | None, done: NDArray[np.int64]) -> int:
+        """Let the policy fill the free places, and return how many it could choose from.
+
+        Nobody is sent twice in one step.
+        """
         free = self.wanted - len(self.work)
         if free == 0:
-            return
+            return 0
         self.starts += 1
         self.fleet.advance(now)
-        state, view = self.offered(self.starts, free, load, self.wanted)
+        state, view = self.offered(number, free, load, self.wanted, self.starts)
         idle = np.flatnonzero(~np.isin(view.ids, np.concatenate([self.work["id"], done])))
         state, view = state.at(idle), view.at(idle)
         draw = rng(self.config.seed, "select", self.starts)
@@ -145,10 +151,11 @@ class Concurrent(Wireless):
         ending = synchronous(air.course, self.steps)
         energy_j = air.energy_j(ending, self.steps)
         jobs = np.zeros(len(places), JOB)
-        jobs["id"], jobs["began_s"], jobs["version"] = air.ids, now, version
+        jobs["id"], jobs["began_s"], jobs["version"] = air.ids, now, number - 1
         jobs["finish_s"], jobs["arrives"] = now + asked.time_s + ending.worked_s, ending.arrived
         jobs["energy_j"] = energy_j
         # Without rounds there is no sum to be unbiased: the weights are relative.
         jobs["factor"] = 1.0 if choice.weights is None else choice.weights[order]
         self.fleet.spend(air.ids, energy_j)
         self.work = np.concatenate([self.work, jobs])
+        return len(idle)

@@ -13,7 +13,7 @@ from fedlam_app.tasks.base import Task
 from strategies.algorithm import Algorithm
 from strategies.concurrent import Concurrent
 from strategies.hands import Hands
-from strategies.loads import Doubles, WholeLoad
+from strategies.loads import Doubles, WholeLoad, passes
 from strategies.memory_gate import gate
 from strategies.over_air import OverAir
 from strategies.reception import Straight, Summed
@@ -33,12 +33,13 @@ def on_air(
     concurrent = config.selection.mode == "asynchronous" or config.strategy == "fedbuff"
     steps = 1 if split else config.train.local_steps
     participation = (Concurrent if concurrent else Wireless)(config, steps, examples.astype(np.float32))
+    participation.by_examples, participation.forward = not split, 1.0 / passes(config)
     cost, ram = task.cost(), participation.fleet.devices.ram
     participation.able, algorithm.limits = gate(config, cost, model, algorithm, ram)
     reception = Straight(algorithm)
     if config.wireless.transport == "air":
         reception = OverAir(algorithm, config.wireless, config.seed)
-    elif algorithm.linear and participation.policy.unbiased:
+    elif algorithm.linear and participation.policy.unbiased and not split:
         reception = Summed(algorithm)
     return Hands(
         participation,

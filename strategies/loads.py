@@ -42,10 +42,10 @@ class WholeLoad:
         """``examples`` (N,) are the devices'."""
         self.config, steps = config, config.train.local_steps
         self.samples = steps * samples_a_step(config, examples)  # (N,) of a round
-        whole = _passes(config) * (cost.flops_device + cost.flops_server)
+        whole = passes(config) * (cost.flops_device + cost.flops_server)
         self.flops = (whole * self.samples).astype(np.float32)
         weights = FLOAT_BYTES * sum(p.numel() for p in model.parameters())
-        self.bytes_moved = _passes(config) * weights * steps  # once a pass
+        self.bytes_moved = passes(config) * weights * steps  # once a pass
 
     def load(self, bytes_up: Doubles, bytes_down: Doubles) -> Load:
         """Return the load of a round whose payloads are these bytes (N,)."""
@@ -86,7 +86,7 @@ def split_load(
         fixed + samples * (rows * row_bits + fresh * (tokens * token_bits + sample_bits)) + 8.0 * modules
     )
     shown = 8.0 * downlink_bytes(wire, width, rows=1000, messages=0) / 1000.0
-    server_flops = _passes(config) * cost.flops_server * samples.mean() * wanted
+    server_flops = passes(config) * cost.flops_server * samples.mean() * wanted
     load = Load(
         flops=(3.0 * cost.flops_device * samples).astype(np.float32),
         bytes_moved=0.0,  # embedding and head fit a device's cache
@@ -98,9 +98,10 @@ def split_load(
     return _pretended(config, load, samples)
 
 
-def _passes(config: RunConfig) -> float:
+def passes(config: RunConfig) -> float:
     """Return the work of a training step over that of a forward pass."""
-    return 3.0 if config.model.tuning == "full" else 2.0
+    whole = config.model.tuning == "full" or config.fleet.flops_per_sample > 0.0
+    return 3.0 if whole else 2.0
 
 
 def _pretended(config: RunConfig, load: Load, samples: Doubles) -> Load:

@@ -22,7 +22,6 @@ from strategies.participation import Poll
 from strategies.selection.base import Policy, RoundState
 
 STATUS_BYTES = 64  # with headers
-FORWARD = 1.0 / 3.0  # of a training step's work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,14 +38,15 @@ class Polled:
 def polled(
     policy: Policy,
     link: Link,
-    steps: int,
+    forward: float,
     state: RoundState,
     view: View,
     load: Load,
     poll: Poll | None,
     draw: np.random.Generator,
 ) -> Polled:
-    """Ask the candidates of ``policy``, if it polls; ``steps`` are the local steps of a round."""
+    """Ask the candidates of ``policy``, if it polls; a forward pass is ``forward`` of a round's
+    computation."""
     if not policy.polls:
         return Polled(state=state, view=view, energy_j=np.zeros(0))
     asked = np.sort(policy.candidates(state, draw))
@@ -54,16 +54,16 @@ def polled(
     if len(asked) == 0:
         return Polled(state=state, view=view, energy_j=np.zeros(0))
     # An upload at an equal share of the chosen, cut to a status at an equal share of those who are asked.
-    sharing = len(asked) / max(state.wanted, 1)
+    sharing = len(asked) / state.places
     status = 8.0 * STATUS_BYTES / link.efficiency / state.bits.astype(np.float64)
     status_s = state.upload_s * status * sharing
     time_s, energy_j = 2.0 * status_s, radio_energy_j(view.power_w.astype(np.float64), status_s)
     moved = 2.0 * STATUS_BYTES * len(asked)
     if policy.polls == "loss" and poll is not None:
-        answers, passes = poll(view.ids.tolist()), FORWARD / steps
-        losses = [answers.get(k, np.inf) for k in view.ids.tolist()]
-        time_s = status_s + view.down_s + view.compute_s * passes
-        energy_j = energy_j + view.compute_j * passes
+        answers = poll(view.ids.tolist())
+        losses = [answers.get(k, -np.inf) for k in view.ids.tolist()]  # the silent come last
+        time_s = status_s + view.down_s + view.compute_s * forward
+        energy_j = energy_j + view.compute_j * forward
         moved += float(each(load.bits_down, view.ids).sum()) / 8.0
         state = replace(state, loss=np.array(losses, np.float32), fixed_s=state.fixed_s - view.down_s)
         view = replace(view, down_s=np.zeros_like(view.down_s))

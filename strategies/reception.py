@@ -6,7 +6,8 @@ for it: a ratio of sums would be biased, so the update is divided by what the we
 
     w <- w + sum_k a_k (v_k - w) / base,      a_k = n_k / (N p_k)        (D. Horvitz, D. Thompson, JASA 1952)
 
-with w where the devices began, and zero in gradient space. Other rules get the weights a_k alone.
+with w where the devices began. Gradients are weighted by batches, whose sum over everyone nobody knows, and
+other rules do not average: they get the weights a_k alone.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ configuration says otherwise (``fleet.flops-per-sample``, ``fleet.update-mb``).
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,7 +66,6 @@ class Pending:
     turn: Turn
     air: Airtime
     ending: Ending
-    polled_s: float
 
 
 class Wireless(Participation):
@@ -84,6 +83,9 @@ class Wireless(Participation):
         self.band_hz = config.wireless.band_mhz * 1e6
         self.wanted = min(config.train.cohort or count, count)
         self.now, self.tally = 0.0, Tally()
+        self.by_examples = True  # whether results are weighted by devices' examples, and not by batches
+        self.forward = 1.0 / 3.0  # of a training step's work: a poll for the loss runs no backward pass
+        self.policy.a_turn = self.wanted
         self.able: NDArray[np.bool_] | None = None  # (N,) whose memory holds the work; None: everyone's
         self._pending: Pending | None = None
 
@@ -100,9 +102,7 @@ class Wireless(Participation):
         air, ending = pending.air, pending.ending
         time_s = ending.time_s + np.where(ending.arrived, self._slip_s(air, heard), 0.0)
         lost_s = np.where(ending.lost, ending.worked_s, 0.0).max(initial=0.0)
-        round_s = pending.polled_s + max(
-            float(np.where(ending.arrived, time_s, 0.0).max(initial=0.0)), lost_s
-        )
+        round_s = max(float(np.where(ending.arrived, time_s, 0.0).max(initial=0.0)), lost_s)
         if ending.late.all():
             round_s += IDLE_WAIT_S  # nobody could be in time: asking at once would change nothing
         energy_j = air.energy_j(ending, self.steps)
@@ -112,7 +112,7 @@ class Wireless(Participation):
             number=pending.number,
             ids=air.ids,
             arrived=arrived,
-            time_s=time_s + pending.polled_s,
+            time_s=time_s,
             energy_j=energy_j,
             loss=np.where(arrived, loss, np.nan),
             norm=np.where(arrived, norm, np.nan),
@@ -153,9 +153,14 @@ class Wireless(Participation):
 
     # --- what concurrent work shares ----------------------------------------------------------------------
 
-    def offered(self, number: int, wanted: int, load: Load, places: int = 0) -> tuple[RoundState, View]:
-        """Return who can be reached now, as a policy sees it and as the radio does."""
-        view = self.fleet.look(number, self.wanted, load)
+    def offered(
+        self, number: int, wanted: int, load: Load, places: int = 0, look: int = 0
+    ) -> tuple[RoundState, View]:
+        """Return who can be reached now, as a policy sees it and as the radio does.
+
+        ``look`` is the number of the draw, where there are several in a turn.
+        """
+        view = self.fleet.look(look or number, self.wanted, load)
         if self.able is not None:
             view = view.at(np.flatnonzero(self.able[view.ids]))
         seen = number, self.now, wanted, self.band_hz, self.link, view, load, self.history, self.examples
@@ -165,7 +170,8 @@ class Wireless(Participation):
         self, state: RoundState, view: View, load: Load, poll: Poll | None, draw: np.random.Generator
     ) -> Polled:
         """Let the policy poll, and pay for it."""
-        found = polled(self.policy, self.link, self.steps, state, view, load, poll, draw)
+        part = self.forward / self.steps
+        found = polled(self.policy, self.link, part, state, view, load, poll, draw)
         if len(found.energy_j):
             self.fleet.spend(found.view.ids, found.energy_j)
             self.tally.polled += len(found.view.ids)
@@ -208,6 +214,8 @@ class Wireless(Participation):
         air = share(
             self.config, self.fleet, view, state, load, ends_by(self.config, state, self.wanted), draw
         )
+        course = replace(air.course, down_s=air.course.down_s + asked.time_s)
+        air = replace(air, course=course)
         ending = self._ending(air)
         # Fewer steps count for more: FedNova's direction (J. Wang et al., arXiv:2007.07481).
         factors = self.steps / np.maximum(ending.steps, 1)
@@ -218,11 +226,11 @@ class Wireless(Participation):
             ids=air.ids[here].tolist(),
             steps=ending.steps[here].tolist(),
             factors=factors[here].tolist(),
-            base=0.0 if choice.weights is None else reachable / len(self.examples),
+            base=reachable / len(self.examples) if choice.weights is not None and self.by_examples else 0.0,
             snr=air.snr[here].tolist() if len(air.snr) else [],
             mean_snr=air.mean_snr[here].tolist() if len(air.snr) else [],
         )
-        return Pending(number, turn, air, ending, asked.time_s)
+        return Pending(number, turn, air, ending)
 
     def _ending(self, air: Airtime) -> Ending:
         selection = self.config.selection
@@ -239,5 +247,5 @@ class Wireless(Participation):
             return np.zeros(len(air.ids))
         up, down = heard.bits(air.ids, air.bits_up, air.bits_down)
         later = (up - air.bits_up) / np.maximum(air.rate_bps, 1e-9)
-        slower = (down - air.bits_down) * air.course.down_s / np.maximum(air.bits_down, 1.0)
+        slower = (down - air.bits_down) * air.download_s / np.maximum(air.bits_down, 1.0)
         return later + slower

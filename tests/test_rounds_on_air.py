@@ -318,3 +318,60 @@ def test_weights_make_up_for_how_devices_are_drawn() -> None:
     error = np.std(found) / np.sqrt(len(found))
     assert abs(np.mean(found) - truth) < 3.0 * error
     assert abs(np.mean(plain) - truth) > 3.0 * np.std(plain) / np.sqrt(len(plain))
+
+
+def plain_fleet(**more: Scalar) -> RunConfig:
+    flat: dict[str, Scalar] = {
+        **FLEET,
+        "job": "train",
+        "train.devices": 60,
+        "train.cohort": 10,
+        "data.shards": 60,
+        "data.share": 0.01,
+        "data.users": 300,
+        "fleet.on-share": 1.0,
+    }
+    return parse(flat | {key.replace("__", ".").replace("_", "-"): value for key, value in more.items()})
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "deadline"])
+def test_least_energy_does_not_whisper_below_what_is_heard(mode: str) -> None:
+    """Small payloads with much time: the solver would spread them over the band at next to no power."""
+    config = plain_fleet(wireless__allocation="min-energy", selection__mode=mode)
+    fleet, small = wireless(config), Load(flops=1e9, bits_up=2.4e5, bits_down=2.4e5, broadcast=True)
+    for number in range(1, 11):
+        fleet.settle(heard(fleet.turn(number, lambda: small, None).ids))
+    assert fleet.tally.arrived == fleet.tally.chosen == 100
+
+
+def test_who_does_not_answer_a_poll_is_chosen_last() -> None:
+    fleet = wireless(plain_fleet(selection__policy="power-of-choice", selection__candidates=3.0))
+    asked: list[int] = []
+
+    def poll(ids: Sequence[int]) -> dict[int, float]:
+        asked[:] = ids
+        return {k: 1.0 + k for k in ids[:15]}
+
+    turn = fleet.turn(1, lambda: LOAD, poll)
+    assert len(asked) == 30
+    assert set(turn.ids) <= set(asked[:15])
+    fleet.settle(heard(turn.ids))
+    assert fleet.tally.polled == 30 and fleet.tally.poll_bytes > 30 * 1e6
+    assert fleet.seconds() > 0.0
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])
+def test_a_budget_that_is_spent_recovers_with_time(mode: str) -> None:
+    """Lyapunov chooses nobody while its energy queues are full, and time still goes on."""
+    config = plain_fleet(
+        selection__policy="lyapunov",
+        selection__energy_budget_j=0.01,
+        selection__mode=mode,
+        fedbuff__buffer=3,
+    )
+    fleet, arrived = wireless(config), []
+    for number in range(1, 60):
+        turn = fleet.turn(number, lambda: LOAD, None)
+        fleet.settle(heard(turn.ids))
+        arrived.append(len(turn.ids))
+    assert 0 in arrived and sum(arrived[30:]) > 0

@@ -34,7 +34,7 @@ from fedlam_app.wireless.measured import MeasuredLinks, Recorded
 from fedlam_app.wireless.power import watts
 from fedlam_app.wireless.profiles import Devices, draw_devices
 from fedlam_app.wireless.radio import Radio
-from fedlam_app.wireless.rates import Link
+from fedlam_app.wireless.rates import BLOCK_HZ, Link
 from fedlam_app.wireless.traces import deal, read_behaviour, read_capacity, read_speeds
 
 Floats = NDArray[np.float32]
@@ -129,7 +129,7 @@ class Fleet:
         band_hz = self.wireless.band_mhz * 1e6
         share_hz = band_hz / max(wanted, 1)
         down_hz = band_hz if load.broadcast else share_hz
-        floor_hz = np.float32(self.link.floor * share_hz)
+        floor_hz = np.float32(self.link.floor * max(share_hz, BLOCK_HZ))
         ready = self.batteries.ready(self.now_s, self.config.battery_floor)
         candidates = np.flatnonzero(self.sessions.on & ready)
         ids = np.empty(len(candidates), np.int64)

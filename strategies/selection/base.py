@@ -34,10 +34,11 @@ class RoundState:
     devices: int  # N, reachable or not
     wanted: int  # K, how many shall take part
     band_hz: float  # the uplink band that they will share
+    sharers: int = 0  # by how many the band is shared; 0: by those that are wanted
     ids: NDArray[np.int64]  # ascending
     gain_hz: Floats  # a = P g / N0 [Hz]: the SNR over a band b is a / b
     fixed_s: Floats  # download, computation, and what else does not depend on the uplink band
-    upload_s: Floats  # upload at an equal share band_hz / wanted
+    upload_s: Floats  # upload at an equal share of the band
     bits: Floats  # to upload
     energy_j: Floats  # computation, and radio at the equal share
     examples: Floats  # training examples of a device
@@ -48,6 +49,11 @@ class RoundState:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def places(self) -> int:
+        """By how many the band is shared, for ``upload_s``."""
+        return max(self.sharers or self.wanted, 1)
 
     @property
     def time_s(self) -> Floats:
@@ -100,6 +106,7 @@ class Policy:
 
     def __init__(self, config: SelectionConfig, devices: int, seed: int) -> None:
         self.config, self.devices, self.seed = config, devices, seed
+        self.a_turn = 0  # devices that a turn is made of; 0: as many as are wanted
 
     def candidates(self, state: RoundState, draw: np.random.Generator) -> Places:
         """Return whom to poll; called only where ``polls`` names something."""

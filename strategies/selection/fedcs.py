@@ -50,7 +50,7 @@ class FedCs(Policy):
 def whole_band_s(state: RoundState) -> Seconds:
     """Return the upload times (M,) [s] of devices that have the whole band, each in its turn."""
     snr = np.maximum(state.gain_hz / np.float32(state.band_hz), np.float32(1e-12))
-    gain = np.log1p(snr * np.float32(state.wanted)) / (np.float32(state.wanted) * np.log1p(snr))
+    gain = np.log1p(snr * np.float32(state.places)) / (np.float32(state.places) * np.log1p(snr))
     return state.upload_s * gain
 
 

@@ -1,7 +1,7 @@
 """Importance and channel: devices drawn by what they teach and how long they take, and weighted for it.
 
 J. Ren et al., "Scheduling for Cellular Federated Edge Learning with Importance and Channel Awareness",
-arXiv:2004.00490.
+arXiv:2004.00490. Only its abstract was at hand: the objective and its solution are derived here.
 
     min_p  rho sum p_k T_k + (1 - rho) sum u_k^2 / p_k,    sum p_k = 1,    rho = ``selection.rho``
     p_k = u_k sqrt((1 - rho) / (rho T_k + lambda)),        u_k = n_k |g_k| / sum n |g|

@@ -57,7 +57,7 @@ class Lyapunov(Policy):
 
     def select(self, state: RoundState, draw: np.random.Generator) -> Choice:
         """Return the best set; nothing is drawn."""
-        self.beta = self.config.participation * state.wanted / state.devices
+        self.beta = self.config.participation * (self.a_turn or state.wanted) / state.devices
         weight = self.weights(state)  # before the times: less memory at once, which malloc then keeps
         time_s = state.time_s
         v_s = self.config.v * float(_median(time_s, np.ones(len(time_s), np.bool_)))

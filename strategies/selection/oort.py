@@ -87,7 +87,8 @@ class Oort(Policy):
         return known[pool[race(score[pool], count, draw)]]
 
     def feedback(self, outcome: Outcome) -> None:
-        self.duration_s[outcome.ids] = outcome.time_s
+        done = np.isfinite(outcome.time_s)  # who got no band, or was silent, has shown nothing
+        self.duration_s[outcome.ids[done]] = outcome.time_s[done]
         came = outcome.arrived
         self.gained = np.roll(self.gained, -1)
         self.gained[-1] = float(outcome.examples[came] @ outcome.loss[came])

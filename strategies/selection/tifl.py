@@ -105,10 +105,10 @@ class Tifl(Policy):
         return np.maximum(np.rint(self.interval * means.min() / means), 1.0).astype(np.int64)
 
     def feedback(self, outcome: Outcome) -> None:
-        ids = outcome.ids
-        time_s = np.clip(outcome.time_s, *_BOUNDS_S)
+        done = np.isfinite(outcome.time_s)  # who got no band, or was silent, has shown nothing
+        ids, time_s = outcome.ids[done], np.clip(outcome.time_s[done], *_BOUNDS_S)
         self.latency_s[ids] += (time_s - self.latency_s[ids]) / self.config.memory
-        came = ids[outcome.arrived]
+        came = outcome.ids[outcome.arrived]
         if len(came):
             tiers, count = self.tier[came], len(self.credits)
             sizes = np.bincount(tiers, minlength=count)
