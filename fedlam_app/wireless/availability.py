@@ -12,10 +12,10 @@ negative: it is 0 there and smaller elsewhere, so that the day has a weaker swin
 state is drawn from the same law, with its age.
 
 Source of the shape: reachable is idle, charging and unmetered (K. Bonawitz et al., "Towards Federated
-Learning at Scale: System Design", arXiv:1902.01046, report a swing of four between night and day); the
-lognormal, its 1.2, and the phase are assumptions, and the construction of b is this project's. Local times
-differ by 0, 6, 12 and 18 h, so that the fleet as a whole keeps ``on-share`` at any time. Residual sessions
-are known: who leaves in the middle of a round is never left to a coin.
+Learning at Scale: System Design", arXiv:1902.01046, report, as it is remembered, a swing of four between
+night and day); the lognormal, its 1.2, and the phase are assumptions, and the construction of b is this
+project's. Local times differ by 0, 6, 12 and 18 h, so that the fleet as a whole keeps ``on-share`` at any
+time. Residual sessions are known: who leaves in the middle of a round is never left to a coin.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Selection policies by name. Adding one: a file beside this one, and a line here."""
+"""Selection policies by name. Adding one: a file beside this one, and a line here.
+
+Equations are written as their authors' ideas are remembered, or read in public code, and were not compared
+with the papers' text again: before quoting one as a paper's own, look it up.
+"""
 
 from strategies.selection.age import Age
 from strategies.selection.base import Policy
