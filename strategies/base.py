@@ -268,5 +268,5 @@ def balanced(work: Sequence[float], parts: int) -> list[NDArray[np.int64]]:
     sizes = np.asarray(work, np.float64)
     # A slot belongs to the slice in which the middle of its work lies.
     middle = np.cumsum(sizes) - sizes / 2.0
-    owner = np.minimum((middle / max(sizes.sum(), 1e-300) * parts).astype(np.int64), parts - 1)
+    owner = np.clip(np.ceil(middle / max(sizes.sum(), 1e-300) * parts) - 1, 0, parts - 1).astype(np.int64)
     return [np.flatnonzero(owner == part) for part in np.unique(owner)]
