@@ -21,7 +21,7 @@ from benchmarks.record import Figure, write_result
 from benchmarks.split_runs import done, in_parallel
 from fedlam_app.config import Scalar
 
-SEEDS = (2025, 2026, 2027)
+SEEDS = (31, 32, 33)  # of which no choice was made
 TARGET = 0.90
 RANDOM: dict[str, Scalar] = {"selection.policy": "random", "wireless.allocation": "equal"}
 RUNS: dict[str, dict[str, Scalar]] = {

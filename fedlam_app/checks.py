@@ -37,6 +37,8 @@ def check(config: RunConfig) -> None:
         pick(TASKS, config.task, "task")
         pick(ALGORITHMS, config.strategy, "strategy")
         pick(POLICIES, config.selection.policy, "selection.policy")
+        for name in config.compare.policies:
+            pick(POLICIES, name, "policy in 'compare.policies':")
         if about_channels(config):
             pick(PREDICTORS, config.model.name, "model.name")
         if config.job == "compare":
@@ -64,6 +66,7 @@ def check_files(config: RunConfig) -> None:
             from fedlam_app.data.sources import check_files as channels
 
             channels(config.data, config.seed)
+        _traces(config)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -161,6 +164,22 @@ def _combined(config: RunConfig) -> Iterator[str]:
             f"'train.ranks' = '{','.join(map(str, config.train.ranks))}' is not allowed with 'strategy' ="
             f" '{name}', whose devices must have one rank; it must be empty, or the strategy {', '.join(can)}"
         )
+
+
+def _traces(config: RunConfig) -> None:
+    """Read the traces that a fleet's devices are dealt from."""
+    from fedlam_app.wireless import traces
+
+    fleet = config.fleet
+    if fleet.profiles == "none":
+        return
+    for path, read in (
+        (fleet.capacity, traces.read_capacity),
+        (fleet.behaviour, traces.read_behaviour),
+        (fleet.speeds, traces.read_speeds),
+    ):
+        if path:
+            read(path)
 
 
 def _texts(config: RunConfig) -> None:

@@ -29,7 +29,10 @@ from fedlam_app.config import ConfigError, RunConfig, Scalar, defaults, flatten,
 from fedlam_app.experiments import track
 from fedlam_app.rules import TEXT_SOURCES
 
-PATH_KEYS = ("results", "data.source", "data.test-source", "data.cache", "model.weights", "text.source")
+PATH_KEYS = (
+    *("results", "data.source", "data.test-source", "data.cache", "model.weights", "text.source"),
+    *("fleet.capacity", "fleet.behaviour", "fleet.speeds"),
+)
 NO_INSTALL = "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"
 _STARTED = re.compile(rb"Successfully started run (\d+)")
 _STATUS_WAIT_S = 60.0

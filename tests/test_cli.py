@@ -182,6 +182,10 @@ REFUSED: list[tuple[dict[str, Scalar], str]] = [
         "unknown selection.policy 'randon'; did you mean 'random'?",
     ),
     (
+        COMPARE | FLEET | {"compare.policies": "random,oor"},
+        "unknown policy in 'compare.policies': 'oor'; did you mean 'oort'?",
+    ),
+    (
         COMPARE | {"compare.strategies": "fedit,flaro"},
         "unknown strategy in 'compare.strategies': 'flaro'; did you mean 'flora'?",
     ),
@@ -290,6 +294,19 @@ def test_a_relative_text_source_becomes_absolute_and_a_name_stays(
     assert understood(launch.command(launch.app_folder(), config))["text.source"] == config.text.source
     named = launch.resolve({"model.backbone": "random", "text.source": "bbc-news"})
     assert named.text.source == "bbc-news"
+
+
+@pytest.mark.parametrize("key", ["fleet.capacity", "fleet.behaviour", "fleet.speeds"])
+def test_damaged_traces_are_refused_before_flower_starts(
+    key: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trace.json").write_text('{"1": {"computation": "x"}}')
+    words = f"job=train task=mixture fleet.profiles=phones {key}=trace.json"
+    code, output = fedlam("run", "--dry-run", "-c", words)
+    assert code == 2
+    assert f"{key} = '{tmp_path}/trace.json'" in output
+    assert len(output.splitlines()) == 1
 
 
 def test_plain_flwr_run_refuses_too(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from fedlam_app.data import mixture as data
 from fedlam_app.models.mlp import flops, mlp
 from fedlam_app.models.probe import linear_probe
 from fedlam_app.models.split import SplitModel
+from fedlam_app.tasks import classes
 from fedlam_app.tasks.base import Cost, Selection
 
 ROWS_PER_CHUNK = 1000  # fixed, so that sums do not depend on how chunks are spread
@@ -131,16 +132,10 @@ class Mixture:
         """Return (examples, 2): negative log-likelihood [nat] and whether the label was found."""
         batch = self._chunks[chunk][1]
         with torch.no_grad():
-            logits = model(self.inputs(model, batch)).double().cpu()  # (B, C)
-        loss = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
-        right = (logits.argmax(1) == batch.targets).double()
-        return torch.stack([loss, right], 1).numpy()
+            return classes.sums(model(self.inputs(model, batch)), batch.targets)
 
     def metrics(self, split: str, table: NDArray[np.float64]) -> dict[str, Any]:
-        loss, right = table.mean(0)
-        if split == "train":
-            return {"train_loss": float(loss)}
-        return {"accuracy": float(right), "loss": float(loss)}
+        return classes.metrics(split, table)
 
     def baseline(self, name: str) -> dict[str, Any]:
         """Return the metrics of 'majority', or of 'linear-probe', logistic regression on the features."""
