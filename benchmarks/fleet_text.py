@@ -1,11 +1,10 @@
 """The same comparison on a real task: split FedFT of MiniLM on Rotten Tomatoes over a fleet.
 
 200 phones and edge computers hold 34 texts each, and 8 take part in a step. The run lasts a minute or two of
-simulated time, less than a session, so all of them can be reached; four in five are
-inside a building (3GPP's usual mix), in a UMa cell of 289 m at 3.5 GHz with 20 MHz. What crosses is real:
-int8 embeddings once, int8 representations down, int8 Jacobians up. Time is simulated: seconds until the
-accuracy on the 805 unseen test texts, scored every ten of 100 steps, first is 78 %. Three seeds; figures are
-ratios of means over seeds.
+simulated time, less than a session, so all of them can be reached; four in five are inside a building (3GPP's
+usual mix), in a UMa cell of 289 m at 3.5 GHz with 20 MHz. What crosses is real: int8 embeddings once, int8
+representations down, int8 Jacobians up. Time is simulated: seconds until the accuracy on the 805 unseen test
+texts, scored every ten of 100 steps, first is 78 %. Three seeds; figures are ratios of means over seeds.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from benchmarks.record import Figure, write_result
 from benchmarks.split_runs import done, in_parallel
 from fedlam_app.config import Scalar
 
-SEEDS = (2025, 2026, 2027)
+SEEDS = (31, 32, 33)  # of which no choice was made
 TARGET = 0.78
 BASE: dict[str, Scalar] = {
     "job": "train",
