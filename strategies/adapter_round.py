@@ -99,7 +99,7 @@ class AdapterFederation(Federation):
 
     def evaluation_order(self, rows: list[int], chunks: list[int], antennas: int) -> EvaluateOrder:
         """Return the order that scores these (model, chunk) pairs; the instrument knows every entry."""
-        models, entries = self.algorithm.scored(), self.algorithm.entries()
+        models, entries = self.algorithm.models(), self.algorithm.entries()
         keeps = self.algorithm.plan(1).keeps
         owners = np.flatnonzero(self.heard)[:OWNERS] if keeps else np.zeros(0, np.int64)
         used, local = np.unique(rows, return_inverse=True)

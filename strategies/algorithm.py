@@ -55,7 +55,7 @@ class Algorithm:
     unlike_ranks: ClassVar[bool] = False  # devices may have ranks of their own
     linear: ClassVar[bool] = False  # the step depends on the weighted sum of the vectors alone: see fold_sum
     sequential: ClassVar[bool] = False  # gradients are taken one device at a time, at the newest model
-    foresees: ClassVar[bool] = True  # the next step's cohort does not depend on how this one went
+    waits: ClassVar[bool] = True  # a step waits for its whole cohort, and not for the first few
     state_names: ClassVar[
         tuple[str, ...]
     ] = ()  # array attributes that a resumed run needs, beside the models
@@ -117,17 +117,9 @@ class Algorithm:
         """Return the current models (m, p): one global model, or one a device."""
         return self.vector[None]
 
-    def scored(self) -> Vectors:
-        """Return the models that an evaluation scores (m, p)."""
-        return self.models()
-
     def entries(self) -> Sequence[Entry]:
         """Return everything that was ever broadcast to be kept, oldest first; the list only grows."""
         return ()
-
-    def seconds(self) -> float:
-        """Return the virtual time so far, in local rounds of a middling device."""
-        return 0.0
 
     def state(self) -> dict[str, NDArray[np.generic]]:
         """Return the arrays that a resumed run continues from."""

@@ -198,7 +198,7 @@ class Federation(Strategy):
     ) -> Iterable[Message]:
         """Spread (model, chunk) pairs over the SuperNodes; a message carries only the models it needs."""
         chunks, antennas = self._evaluation
-        pairs = [(row, chunk) for row in range(len(self.algorithm.scored())) for chunk in chunks]
+        pairs = [(row, chunk) for row in range(len(self.algorithm.models())) for chunk in chunks]
         for node, slots in self.slices(grid, len(pairs)):
             rows = [pairs[slot][0] for slot in slots]
             record = self.evaluation_order(rows, [pairs[slot][1] for slot in slots], antennas)
@@ -212,7 +212,7 @@ class Federation(Strategy):
                 raise RuntimeError(f"an evaluation failed: {message.error.reason}")
             report = self._charged(decode(message.content, EvaluateReport))
             tables += np.split(report.table, np.cumsum(report.users)[:-1], axis=1)
-        models, chunks = len(self.algorithm.scored()), len(self._evaluation[0])
+        models, chunks = len(self.algorithm.models()), len(self._evaluation[0])
         if len(tables) != models * chunks:
             raise RuntimeError(
                 f"only {len(tables)} of {models * chunks} evaluation chunks came back within"

@@ -24,13 +24,12 @@ from fedlam_app.base.layout import Layout
 from fedlam_app.base.schedule import learning_rate
 from fedlam_app.base.vectors import Vector
 from strategies.algorithm import Algorithm
-from strategies.clock import durations, slowest
 from strategies.mixing import mixed
 from strategies.server_optimiser import Doubles, ServerOptimiser
 
 
 class FedSgdLora(Algorithm):
-    """One vector, on the server. A step that no device answered moves nothing but the clock."""
+    """One vector, on the server. A step that no device answered moves nothing."""
 
     space: ClassVar[str] = "gradient"
     lora: ClassVar[bool] = True
@@ -40,9 +39,7 @@ class FedSgdLora(Algorithm):
         super().init(vector, devices, layout)
         config = self.config
         self.optimiser = ServerOptimiser(config.server, config.train.weight_decay)
-        times = durations(config.seed, self.devices, config.fedbuff.spread)
-        self.times: dict[int, float] = dict(zip(self.devices, times.tolist(), strict=True))
-        self.steps, self.now = 0, 0.0
+        self.steps = 0
         self.clear()
 
     def fold(self, device: int, vector: Vector, weight: float) -> None:
@@ -58,18 +55,13 @@ class FedSgdLora(Algorithm):
             self.descend(self.direction())
         self.clear()
         self.steps += 1
-        self.now = self.end()
-
-    def seconds(self) -> float:
-        return self.now
 
     def state(self) -> dict[str, NDArray[np.generic]]:
-        clock = {"steps": np.array(self.steps), "now": np.array(self.now)}
-        return {**super().state(), **clock, **self.optimiser.state()}
+        return {**super().state(), "steps": np.array(self.steps), **self.optimiser.state()}
 
     def load(self, state: dict[str, NDArray[np.generic]]) -> None:
         super().load(state)
-        self.steps, self.now = int(state["steps"]), float(state["now"])
+        self.steps = int(state["steps"])
         self.optimiser.load(state)
 
     # --- what the rules that build on this one use or override -------------------------------------------
@@ -84,10 +76,6 @@ class FedSgdLora(Algorithm):
         train = self.config.train
         lr = learning_rate(train.lr, train.rounds, (self.steps + 1) / train.local_steps)
         self.vector = self.optimiser.step(self.vector, clipped(gradient, train.clip_norm), lr)
-
-    def end(self) -> float:
-        """Return the virtual time at which the step just counted ended."""
-        return self.now + slowest(self.times, self.cohort(self.steps))
 
 
 class Stacked(FedSgdLora):

@@ -30,7 +30,7 @@ def on_air(
     ValueError where no device's memory holds its part of the work.
     """
     split = algorithm.space == "gradient"
-    concurrent = config.selection.mode == "asynchronous" or config.strategy == "fedbuff"
+    concurrent = config.selection.mode == "asynchronous" or not algorithm.waits
     steps = 1 if split else config.train.local_steps
     participation = (Concurrent if concurrent else Wireless)(config, steps, examples.astype(np.float32))
     participation.by_examples, participation.forward = not split, 1.0 / passes(config)

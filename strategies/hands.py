@@ -1,7 +1,8 @@
 """What a federation works with beside its rule: who takes part, from which models, how results add up.
 
-Without a fleet these are null objects: the rule's own cohort, the newest model, every result as it is. With
-one (``fleet_hands.py``) they follow from the configuration, so that any rule runs under any policy and mode.
+Without a fleet these are null objects (the rule's own cohort, the newest model, every result as it is),
+except for a rule that waits for no one. With one (``fleet_hands.py``) they follow from the configuration, so
+that any rule runs under any policy and mode.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from numpy.typing import NDArray
 
 from fedlam_app.base.vectors import Vector
 from strategies.algorithm import Algorithm
+from strategies.buffered import Buffered
+from strategies.clock import Paced
 from strategies.loads import WholeLoad
 from strategies.participation import Drawn, Heard, Participation, Turn
 from strategies.reception import Straight
 from strategies.split_meter import Unmetered
-from strategies.versions import Newest
+from strategies.versions import Newest, Versions
 
 
 @dataclass
@@ -68,6 +71,8 @@ class Hands:
 
 
 def without_radio(algorithm: Algorithm) -> Hands:
-    """Return the null objects."""
-    own = Drawn(algorithm, algorithm.config.train.local_steps)
+    """Return what there is without a fleet."""
+    if not algorithm.waits:
+        return Hands(Buffered(algorithm), Versions(algorithm), Straight(algorithm), Unmetered())
+    own = Paced(algorithm) if algorithm.space == "gradient" else Drawn(algorithm)
     return Hands(own, Newest(algorithm), Straight(algorithm), Unmetered())

@@ -1,15 +1,16 @@
 """Who takes part in a step, with how much work, at what weight, and what it costs in virtual time.
 
 A federation asks its participation for a :class:`Turn`, has the devices of the turn do their work, and says
-what came of it (:class:`Heard`). :class:`Drawn` is the world without radio: the rule's own cohort, everybody
-with all the work, and the rule's own clock. ``wireless.py`` is the fleet, ``concurrent.py`` the fleet in
-which nobody waits for anybody.
+what came of it (:class:`Heard`). :class:`Drawn` is the world without radio and without time: the rule's own
+cohort, everybody with all the work; ``clock.py`` adds a clock, ``buffered.py`` is that in which nobody waits
+for anybody. ``wireless.py`` is the fleet, ``concurrent.py`` the fleet in which nobody waits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,7 +67,7 @@ class Heard:
 class Participation:
     """The contract."""
 
-    foresees: bool = False  # the next turn does not depend on how this one went
+    foresees: ClassVar[bool] = False  # the next turn does not depend on how this one went
 
     def turn(self, number: int, load: Loads, poll: Poll | None) -> Turn:
         """Return who works in step ``number`` (1-based); the same answer until :meth:`settle`."""
@@ -98,13 +99,14 @@ class Participation:
 class Drawn(Participation):
     """No radio: the rule's cohort does all the work."""
 
-    def __init__(self, algorithm: Algorithm, steps: int) -> None:
-        self.algorithm, self.steps = algorithm, steps
-        self.foresees = algorithm.foresees
+    foresees: ClassVar[bool] = True
+
+    def __init__(self, algorithm: Algorithm) -> None:
+        self.algorithm, self.steps = algorithm, algorithm.config.train.local_steps
 
     def turn(self, number: int, load: Loads, poll: Poll | None) -> Turn:
         ids = self.algorithm.cohort(number)
         return Turn(ids=ids, steps=[self.steps] * len(ids), factors=[1.0] * len(ids))
 
     def seconds(self) -> float:
-        return self.algorithm.seconds()
+        return 0.0

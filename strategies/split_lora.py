@@ -272,7 +272,7 @@ class SplitFederation(Federation):
             keeps="modules" if owners else "",
             owners=owners,
             known=[self.known[k] for k in owners],
-            vectors=np.stack([self.modules.whole(vector) for vector in self.algorithm.scored()[used]]),
+            vectors=np.stack([self.modules.whole(vector) for vector in self.algorithm.models()[used]]),
             kinds=[],
             entry_ranks=[],
             first=0,

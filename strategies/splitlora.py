@@ -29,6 +29,3 @@ class SplitLora(FedSgdLora):
 
     def fold(self, device: int, vector: Vector, weight: float) -> None:
         self.descend(vector.astype(np.float64))
-
-    def end(self) -> float:
-        return self.now + sum(self.times[device] for device in self.cohort(self.steps))

@@ -21,17 +21,22 @@ from fedlam_app.base.keys import rng
 from fedlam_app.base.layout import Layout
 from fedlam_app.base.schedule import learning_rate
 from fedlam_app.config import RunConfig, Scalar, parse
-from strategies.clock import durations, slowest
+from fedlam_app.wireless.fleet import Load
+from strategies.buffered import Buffered
+from strategies.clock import durations
 from strategies.fedbuff import FedBuff
 from strategies.fedsgd_lora import FedSgdLora, Stacked, clipped
+from strategies.hands import Hands, without_radio
 from strategies.median import Median
 from strategies.mixing import mixed
 from strategies.multi_krum import MultiKrum, krum_keeps
 from strategies.norm_clip import NormClip
+from strategies.participation import Turn
 from strategies.scaffold import Scaffold
 from strategies.server_optimiser import ServerOptimiser
 from strategies.splitlora import SplitLora
 from strategies.trimmed_mean import TrimmedMean
+from strategies.versions import Versions
 
 RULES = (FedSgdLora, Median, TrimmedMean, MultiKrum, NormClip, Scaffold, FedBuff, SplitLora)
 ROBUST = (Median, TrimmedMean, MultiKrum, NormClip)
@@ -64,26 +69,45 @@ def gradient(vector: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.concatenate([(b.T @ residual.T @ x).ravel(), (residual.T @ x @ a.T).ravel()])
 
 
+def begun(
+    rule: type[FedSgdLora], run: RunConfig, devices: int = 6, dtype: type = np.float64
+) -> tuple[FedSgdLora, Hands]:
+    """A rule that has started, and what a federation without a fleet works with beside it."""
+    algorithm = started(rule, run, devices, dtype)
+    return algorithm, without_radio(algorithm)
+
+
 def play(
-    algorithm: FedSgdLora, steps: Sequence[int], silent: Callable[[int, int], bool] | None = None
+    algorithm: FedSgdLora,
+    hands: Hands,
+    steps: Sequence[int],
+    silent: Callable[[int, int], bool] | None = None,
 ) -> None:
-    """Do what the caller does: cohort, rows, gradients, fold in order, step."""
+    """Do what a federation does: turn, models, gradients, fold in order, step, settle."""
     for number in steps:
-        cohort = algorithm.cohort(number)
-        models = algorithm.models()
-        for place, device in enumerate(cohort):
+        turn = turn_of(hands, number)
+        heard = hands.begin(turn)
+        models = hands.versions.models()
+        for row, device in zip(hands.versions.rows(turn), turn.ids, strict=True):
             if silent is None or not silent(number, device):
-                row = algorithm.rows(cohort)[place]
-                if getattr(algorithm, "sequential", False):
-                    models = algorithm.models()
+                if algorithm.sequential:
+                    models = hands.versions.models()
                 rows = 2 + device
                 g = gradient(models[row].astype(np.float64), *shard(device, number, rows))
-                algorithm.fold(device, g.astype(models.dtype), rows)
+                hands.fold(turn, device, g.astype(models.dtype), rows)
         algorithm.step()
+        hands.settle(heard)
+
+
+def turn_of(hands: Hands, number: int) -> Turn:
+    def no_load() -> Load:
+        raise AssertionError("without a fleet nobody asks for the load")
+
+    return hands.participation.turn(number, no_load, None)
 
 
 def newest(algorithm: FedSgdLora) -> np.ndarray:
-    return algorithm.scored()[0]
+    return algorithm.models()[0]
 
 
 def combined(rule: type[Stacked], gradients: np.ndarray, **keys: Scalar) -> np.ndarray:
@@ -175,11 +199,11 @@ def test_clipping_is_torchs(g: np.ndarray, largest: float) -> None:
 def test_a_federation_is_the_centralised_run() -> None:
     """20 server AdamW steps on 6 unequal devices equal torch's on the pooled batch, clipping and rate too."""
     run = config(train__weight_decay=0.05, train__clip_norm=0.7)
-    algorithm = started(FedSgdLora, run)
+    algorithm, hands = begun(FedSgdLora, run)
     parameter = torch.nn.Parameter(torch.from_numpy(newest(algorithm).copy()))
     optimiser = torch.optim.AdamW([parameter], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05)
     for number in range(1, 21):
-        play(algorithm, [number])
+        play(algorithm, hands, [number])
         batches = [shard(device, number, 2 + device) for device in range(6)]
         x, y = (torch.from_numpy(np.concatenate(part)) for part in zip(*batches, strict=True))
         a, b = parameter[:6].reshape(2, 3), parameter[6:].reshape(3, 2)
@@ -194,11 +218,11 @@ def test_a_federation_is_the_centralised_run() -> None:
 
 def test_a_step_without_an_answer_moves_only_the_clock() -> None:
     for rule in RULES:
-        algorithm = started(rule, config())
+        algorithm, hands = begun(rule, config())
         before = newest(algorithm).copy()
-        play(algorithm, [1], silent=lambda number, device: True)
+        play(algorithm, hands, [1], silent=lambda number, device: True)
         np.testing.assert_array_equal(newest(algorithm), before)
-        assert algorithm.seconds() > 0.0
+        assert hands.participation.seconds() > 0.0
 
 
 def test_a_folded_array_may_be_reused() -> None:
@@ -436,33 +460,37 @@ def test_the_clock_has_the_spread_asked_for(seed: int, n: int, spread: float) ->
 def test_a_synchronous_step_waits_for_its_slowest_and_a_sequential_one_for_all() -> None:
     run = config(train__cohort=3)
     for rule, cost in ((FedSgdLora, max), (SplitLora, sum)):
-        algorithm = started(rule, run)
-        play(algorithm, range(1, 6))
-        waits = [cost(algorithm.times[device] for device in algorithm.cohort(n)) for n in range(1, 6)]
-        assert algorithm.seconds() == pytest.approx(sum(waits))
-    assert slowest({0: 1.0, 1: 3.0, 2: 2.0}, [0, 2]) == 2.0
+        algorithm, hands = begun(rule, run)
+        play(algorithm, hands, range(1, 6))
+        times = durations(run.seed, range(6), run.fedbuff.spread)
+        waits = [cost(times[device] for device in algorithm.cohort(n)) for n in range(1, 6)]
+        assert hands.participation.seconds() == pytest.approx(sum(waits))
 
 
 def test_fedbuff_without_spread_is_the_synchronous_rule() -> None:
     run = config(fedbuff__spread=1.0, fedbuff__buffer=6)
-    plain, buffered = started(FedSgdLora, run), started(FedBuff, run)
-    for algorithm in (plain, buffered):
-        play(algorithm, range(1, 21))
+    (plain, hers), (buffered, his) = begun(FedSgdLora, run), begun(FedBuff, run)
+    for algorithm, hands in ((plain, hers), (buffered, his)):
+        play(algorithm, hands, range(1, 21))
     np.testing.assert_array_equal(newest(buffered), newest(plain))
-    assert buffered.models().shape == (1, P) and buffered.seconds() == plain.seconds() == 20.0
+    assert his.versions.models().shape == (1, P)
+    assert his.participation.seconds() == hers.participation.seconds() == 20.0
 
 
 def test_fedbuffs_order_and_staleness_by_hand() -> None:
     """Devices that need 1, 1.5 and 4: the slow one is heard at its third step, two versions late."""
-    algorithm = started(FedBuff, config(fedbuff__buffer=2), devices=3)
-    algorithm.times = {0: 1.0, 1: 1.5, 2: 4.0}
-    algorithm.work = {device: (time, 0) for device, time in algorithm.times.items()}
+    algorithm, hands = begun(FedBuff, config(fedbuff__buffer=2), devices=3)
+    clock, kept = hands.participation, hands.versions
+    assert isinstance(clock, Buffered) and isinstance(kept, Versions)
+    clock.times = {0: 1.0, 1: 1.5, 2: 4.0}
+    clock.work = {device: (time, 0) for device, time in clock.times.items()}
     seen = []
     for number in range(1, 5):
-        cohort = algorithm.cohort(number)
-        seen.append((cohort, [algorithm.staleness(k) for k in cohort], len(algorithm.models())))
-        play(algorithm, [number])
-        seen[-1] += (algorithm.seconds(),)
+        turn = turn_of(hands, number)
+        stale = [kept.steps - version for version in turn.versions]
+        models = len(kept.models())
+        play(algorithm, hands, [number])
+        seen.append((turn.ids, stale, models, clock.seconds()))
     assert seen == [
         ([0, 1], [0, 0], 1, 1.5),
         ([0, 1], [0, 0], 2, 3.0),
@@ -472,28 +500,38 @@ def test_fedbuffs_order_and_staleness_by_hand() -> None:
 
 
 def test_fedbuff_damps_a_stale_gradient() -> None:
-    algorithm = started(FedBuff, config(fedbuff__buffer=2), devices=2)
-    algorithm.steps = 3
-    algorithm.work = {0: (1.0, 3), 1: (1.0, 0)}
-    algorithm.fold(0, np.full(P, 1.0), 1.0)
-    algorithm.fold(1, np.full(P, 4.0), 3.0)
+    algorithm, hands = begun(FedBuff, config(fedbuff__buffer=2), devices=2)
+    clock, kept = hands.participation, hands.versions
+    assert isinstance(clock, Buffered) and isinstance(kept, Versions)
+    kept.steps, clock.work = 3, {0: (1.0, 3), 1: (1.0, 0)}
+    turn = turn_of(hands, 4)
+    hands.begin(turn)
+    hands.fold(turn, 0, np.full(P, 1.0), 1.0)
+    hands.fold(turn, 1, np.full(P, 4.0), 3.0)
     np.testing.assert_allclose(algorithm.direction(), (1.0 * 1.0 + 3.0 * 4.0 / 2.0) / 4.0)
 
 
 @pytest.mark.parametrize("cohort", [0, 5])
 def test_fedbuff_keeps_its_devices_at_work_and_only_the_versions_they_use(cohort: int) -> None:
     """Even when two of ten never answer and others vanish now and then."""
-    algorithm = started(FedBuff, config(train__cohort=cohort, fedbuff__buffer=3), devices=10)
+    algorithm, hands = begun(FedBuff, config(train__cohort=cohort, fedbuff__buffer=3), devices=10)
+    clock, kept = hands.participation, hands.versions
+    assert isinstance(clock, Buffered) and isinstance(kept, Versions)
     asked: set[int] = set()
     times = [0.0]
     for number in range(1, 80):
-        asked |= set(algorithm.cohort(number))
-        play(algorithm, [number], silent=lambda number, device: device < 2 or (number + device) % 4 == 0)
-        times.append(algorithm.seconds())
-        assert len(algorithm.work) == (cohort or 10)
-        used = {version for _, version in algorithm.work.values()}
-        assert set(algorithm.versions) == used and max(used) == number
-        np.testing.assert_array_equal(newest(algorithm), algorithm.models()[-1])
+        asked |= set(turn_of(hands, number).ids)
+        play(
+            algorithm,
+            hands,
+            [number],
+            silent=lambda number, device: device < 2 or (number + device) % 4 == 0,
+        )
+        times.append(clock.seconds())
+        assert len(clock.work) == (cohort or 10)
+        used = {version for _, version in clock.work.values()}
+        assert set(kept.kept) == used == clock.at_work() and max(used) == number
+        np.testing.assert_array_equal(newest(algorithm), kept.models()[-1])
     assert asked == set(range(10))
     assert (np.diff(times) >= 0).all()
 
@@ -503,21 +541,21 @@ def test_fedbuff_needs_less_time_for_as_many_gradients() -> None:
     run = config(fedbuff__spread=5.0, fedbuff__buffer=4)
     seconds = {}
     for rule, steps in ((FedSgdLora, 40), (FedBuff, 100)):
-        algorithm = started(rule, run, devices=10)
-        play(algorithm, range(1, steps + 1))
-        seconds[rule] = algorithm.seconds()
+        algorithm, hands = begun(rule, run, devices=10)
+        play(algorithm, hands, range(1, steps + 1))
+        seconds[rule] = hands.participation.seconds()
     assert seconds[FedBuff] < 0.6 * seconds[FedSgdLora]
 
 
 def test_splitlora_steps_after_every_device() -> None:
     run = config(train__clip_norm=0.0)
-    algorithm = started(SplitLora, run)
+    algorithm, hands = begun(SplitLora, run)
     optimiser, vector = ServerOptimiser(run.server, 0.0), newest(algorithm).copy()
     for number in range(1, 4):
         for device in range(6):
             g = gradient(vector, *shard(device, number, 2 + device))
             vector = optimiser.step(vector, g, learning_rate(0.05, 5, number / 4))
-    play(algorithm, range(1, 4))
+    play(algorithm, hands, range(1, 4))
     np.testing.assert_array_equal(newest(algorithm), vector)
     assert SplitLora.sequential and len(algorithm.models()) == 1
 
@@ -530,17 +568,17 @@ def test_splitlora_steps_after_every_device() -> None:
 def test_a_resumed_run_continues_with_the_same_bits(rule: type[FedSgdLora], optimiser: str) -> None:
     """From a saved state, twice, in float32; saving disturbs neither the run nor the state."""
     run = config(server__optimiser=optimiser, train__cohort=4, fedbuff__buffer=2, train__weight_decay=0.1)
-    whole = started(rule, run, dtype=np.float32)
-    play(whole, range(1, 8))
-    state = whole.state()
+    whole, hands = begun(rule, run, dtype=np.float32)
+    play(whole, hands, range(1, 8))
+    state = whole.state() | hands.state()
     saved = {name: np.array(array) for name, array in state.items()}
-    play(whole, range(8, 13))
+    play(whole, hands, range(8, 13))
     for _ in range(2):
-        resumed = started(rule, run, dtype=np.float32)
-        resumed.load(state)
-        play(resumed, range(8, 13))
-        for name, array in whole.state().items():
-            np.testing.assert_array_equal(resumed.state()[name], array)
+        resumed, again = begun(rule, run, dtype=np.float32)
+        load(resumed, again, state)
+        play(resumed, again, range(8, 13))
+        for name, array in (whole.state() | hands.state()).items():
+            np.testing.assert_array_equal((resumed.state() | again.state())[name], array)
     for name, array in saved.items():
         np.testing.assert_array_equal(state[name], array)
     assert newest(whole).dtype == np.float32
@@ -548,18 +586,25 @@ def test_a_resumed_run_continues_with_the_same_bits(rule: type[FedSgdLora], opti
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_run_that_has_not_begun_can_be_resumed(rule: type[FedSgdLora]) -> None:
-    one, other = started(rule, config()), started(rule, config())
-    other.load(one.state())
-    for algorithm in (one, other):
-        play(algorithm, [1, 2])
+    (one, hers), (other, his) = begun(rule, config()), begun(rule, config())
+    load(other, his, one.state() | hers.state())
+    for algorithm, hands in ((one, hers), (other, his)):
+        play(algorithm, hands, [1, 2])
     np.testing.assert_array_equal(newest(one), newest(other))
+
+
+def load(algorithm: FedSgdLora, hands: Hands, state: dict[str, np.ndarray]) -> None:
+    """As a federation does: everybody takes out what is theirs, and the rule gets the rest."""
+    left = dict(state)
+    hands.load(left)
+    algorithm.load(left)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_learns(rule: type[FedSgdLora]) -> None:
     """A common target and 12 devices: the loss falls tenfold."""
     run = config(train__rounds=40, train__clip_norm=0.0, robust__trim=0.1)
-    algorithm = started(rule, run, devices=12, dtype=np.float32)
+    algorithm, hands = begun(rule, run, devices=12, dtype=np.float32)
     target = rng(12, "target").standard_normal(P)
 
     def loss() -> float:
@@ -567,11 +612,13 @@ def test_every_rule_learns(rule: type[FedSgdLora]) -> None:
 
     before = loss()
     for number in range(1, 161):
-        cohort = algorithm.cohort(number)
-        models, rows = algorithm.models(), algorithm.rows(cohort)
-        for row, device in zip(rows, cohort, strict=True):
+        turn = turn_of(hands, number)
+        heard = hands.begin(turn)
+        models, rows = hands.versions.models(), hands.versions.rows(turn)
+        for row, device in zip(rows, turn.ids, strict=True):
             model = newest(algorithm) if rule is SplitLora else models[row]
             noise = 0.1 * rng(12, "noise", number, device).standard_normal(P)
-            algorithm.fold(device, (model - target + noise).astype(np.float32), 8.0)
+            hands.fold(turn, device, (model - target + noise).astype(np.float32), 8.0)
         algorithm.step()
+        hands.settle(heard)
     assert loss() < 0.1 * before

@@ -27,10 +27,7 @@ def federate(config: RunConfig, cell: str, task: Task, model: SplitModel) -> Fed
 
     In gradient space the model's backbone is the edge server's, from now on: pass one of its own.
     """
-    fleet = has_fleet(config)
-    # In a fleet nobody waits for anybody by the fleet's own clock: FedBuff is FedSGD there.
-    name = "fedsgd-lora" if fleet and config.strategy == "fedbuff" else config.strategy
-    algorithm = pick(ALGORITHMS, name, "strategy")(config)
+    algorithm = pick(ALGORITHMS, config.strategy, "strategy")(config)
     devices = [0] if config.strategy == "central" else list(range(config.train.devices))
     scale = config.model.alpha / config.model.rank
     if algorithm.space == "adapter":
@@ -39,7 +36,7 @@ def federate(config: RunConfig, cell: str, task: Task, model: SplitModel) -> Fed
         model = model.to(torch_device(config.device))
         torch.set_num_threads(config.federation.server_threads or os.cpu_count() or 1)
         algorithm.init(pack(model.server_side().values()), devices, layout_of(model.backbone, scale))
-    hands = _on_air(config, algorithm, task, model) if fleet else None
+    hands = _on_air(config, algorithm, task, model) if has_fleet(config) else None
     if algorithm.space == "adapter":
         return AdapterFederation(algorithm, cell, devices, config.federation, hands)
     from strategies.split_lora import SplitFederation

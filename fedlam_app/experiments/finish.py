@@ -58,7 +58,7 @@ def export_adapter(folder: RunFolder, config: RunConfig, cell: Cell) -> None:
         folder.path / "adapter",
         backbone=own.model.backbone,
         load=_load(own),
-        notes=list(_notes(own, cell, scored, len(federation.algorithm.scored()))),
+        notes=list(_notes(own, cell, scored, len(federation.algorithm.models()))),
         factors=factors,
         personal=scored.keeps == "modules",
     )

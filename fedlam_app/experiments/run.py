@@ -140,7 +140,7 @@ class _Run:
 
     def _evaluate(self, federation: Federation, last: bool) -> dict[str, Any]:
         """Score the current models: the global loss over all shards, and the held-out users."""
-        models = len(federation.algorithm.scored())
+        models = len(federation.algorithm.models())
         some = self.config.train.evaluate_antennas
         # All antennas give the spectral efficiency too; one model a device would make that dear.
         antennas = {"train": some, "test": ALL_ANTENNAS if last and models == 1 else some}
