@@ -52,7 +52,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	@for file in $$(ls benchmarks/*.py | grep -v -e __init__ -e record.py -e cells.py -e split_runs.py -e fleet_runs.py); do \
+	@for file in $$(ls benchmarks/*.py | grep -v -e __init__ -e record.py -e cells.py -e split_runs.py -e fleet_runs.py -e timing.py -e own_flower.py); do \
 		name=$$(basename $$file .py); echo "== $$name"; \
 		$(BIN)/python -m benchmarks.$$name || echo "$$name: failed, or a bound does not hold"; \
 	done

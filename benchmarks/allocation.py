@@ -17,14 +17,13 @@ import functools
 import math
 import os
 import sys
-import time
-from collections.abc import Callable
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy is imported
 
 import numpy as np
 
 from benchmarks.record import Figure, write_result
+from benchmarks.timing import cpu_s
 from fedlam_app.base.keys import rng
 from fedlam_app.wireless.air import least_error, participation, received, truncated_inversion
 from fedlam_app.wireless.allocate import LN2, equal, finish_s, min_max
@@ -50,16 +49,6 @@ def instance(number: int, most: float = 1e4) -> Demand:
         cap=np.full(count, math.inf if number % 2 else 10 ** draw.uniform(-0.5, 1)),
         power_w=10 ** draw.uniform(-2, 0, count),
     )
-
-
-def cpu_ms(call: Callable[[], object], repeats: int) -> float:
-    """Return the median CPU time of this thread for one call [ms]."""
-    times = []
-    for _ in range(repeats):
-        before = time.thread_time()
-        call()
-        times.append(time.thread_time() - before)
-    return 1e3 * float(np.median(times))
 
 
 def minimum_latency() -> list[Figure]:
@@ -88,7 +77,7 @@ def minimum_latency() -> list[Figure]:
             draw.uniform(0, 10, count),
             10 ** draw.uniform(5, 8, count),
         )
-        took = cpu_ms(functools.partial(min_max, s, a, t0, 1e6 * count, 5.55), 101)
+        took = 1e3 * cpu_s(functools.partial(min_max, s, a, t0, 1e6 * count, 5.55), 101)
         bound = "<= 5" if count == 1_000 else ""
         figures.append(Figure("wireless", f"{name}, K = {count:,}, CPU", took, "ms", bound))
     return figures
@@ -143,7 +132,7 @@ def blocks() -> list[Figure]:
         Figure(
             "wireless",
             "whole blocks, K = 1,000 on 5,555, CPU",
-            cpu_ms(lambda: whole_blocks(s, a, 0.0, 1e9, block, 5.55), 21),
+            1e3 * cpu_s(lambda: whole_blocks(s, a, 0.0, 1e9, block, 5.55), 21),
             "ms",
         ),
     ]
@@ -153,7 +142,7 @@ def blocks() -> list[Figure]:
             draw.random((devices, count)),
             draw.random((devices, count)) < 0.9,
         )
-        took = cpu_ms(functools.partial(assign, n, q, may), 21)
+        took = 1e3 * cpu_s(functools.partial(assign, n, q, may), 21)
         figures.append(
             Figure("wireless", f"Hungarian, {devices:,} devices on {count} blocks, CPU", took, "ms")
         )

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -38,6 +37,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from benchmarks.fleet_speed import Seconds, watch
+from benchmarks.own_flower import own_flower
 from benchmarks.record import Figure, write_result
 from fedlam_app.base.keys import rng
 from fedlam_app.base.packing import Answer, gathered
@@ -199,34 +199,19 @@ def through_flower() -> dict[str, Any]:
     """Run the app on Flower and return what its ServerApp measured."""
     import subprocess
 
-    import psutil
-
     from fedlam_app.launch import environment
 
-    ports = [_free_port(), _free_port()]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, own_flower(Path(folder) / "flower") as own:
         app = Path(folder) / "app"
         app.mkdir()
         (app / "pyproject.toml").write_text(PROJECT, encoding="utf-8")
         (app / "app.py").write_text(APP, encoding="utf-8")
         result = Path(folder) / "result.json"
-        env = environment() | {
-            "FLWR_HOME": f"{folder}/flower",
-            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": ports[0],
-            "FLWR_LOCAL_CONTROL_API_PORT": ports[1],
-            "PYTHONPATH": str(Path(__file__).parents[1]),
-            "OMP_NUM_THREADS": "1",
-        }
+        env = {**environment(), **own, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
         command = [str(Path(sys.executable).with_name("flwr")), "run", str(app), "--stream"]
         command += ["--run-config", f'result="{result}"']
         command += ["--federation-config", "num-supernodes=2 client-resources-num-cpus=1"]
-        try:
-            subprocess.run(command, check=True, env=env)
-        finally:
-            for process in psutil.process_iter(["cmdline"]):
-                line = process.info["cmdline"] or []
-                if "--port" in line and ports[0] in line:
-                    process.terminate()
+        subprocess.run(command, check=True, env=env)
         found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     return found
 
@@ -280,12 +265,6 @@ def main() -> int:
         extra={"rounds_s": found["many"], "s of each part": each, "cores": os.cpu_count()},
     )
     return 0 if all(figure.holds for figure in figures) else 1
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
-from collections.abc import Callable
 
 import torch
 
 from benchmarks.record import Figure, write_result
+from benchmarks.timing import cpu_s
 from clients.loop import local_steps
 from fedlam_app.config import RunConfig, Scalar, parse
 from fedlam_app.models.split import SplitModel
@@ -87,13 +86,6 @@ def main() -> int:
         print(f"{figure.name}: {figure.value:.3g} {figure.unit} {figure.bound}")
     write_result("model_speed", figures, seed=SEED, extra={"train_ms": training, "inference_ms": inference})
     return 0 if all(figure.holds for figure in figures) else 1
-
-
-def cpu_s(work: Callable[[], object]) -> float:
-    """Return the CPU seconds of this thread that ``work`` takes."""
-    start = time.thread_time()
-    work()
-    return time.thread_time() - start
 
 
 def error_after_updates(task: ChannelPrediction, config: RunConfig) -> float:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 from scipy import constants
 
 from benchmarks.record import Figure, write_result
+from benchmarks.timing import cpu_s
 from fedlam_app.base.keys import rng
 from fedlam_app.config import parse
 from fedlam_app.wireless.errors import rayleigh_error
@@ -216,18 +216,9 @@ def speed() -> list[Figure]:
         "Rayleigh packet error": lambda: rayleigh_error(at),
     }
     return [
-        Figure("wireless", f"{name}, one thread", 1e9 * _seconds(job) / BLOCK, "ns/device")
+        Figure("wireless", f"{name}, one thread", 1e9 * cpu_s(job, 31) / BLOCK, "ns/device")
         for name, job in jobs.items()
     ]
-
-
-def _seconds(job: Callable[[], object], repeats: int = 31) -> float:
-    times = []
-    for _ in range(repeats):
-        began = time.thread_time()
-        job()
-        times.append(time.thread_time() - began)
-    return float(np.median(times))
 
 
 def main() -> int:

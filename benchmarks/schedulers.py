@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.record import Figure, write_result
+from benchmarks.timing import cpu_s
 from fedlam_app.base.keys import rng
 from fedlam_app.config import parse
 from fedlam_app.wireless.allocate import equal, min_max
@@ -263,27 +264,18 @@ def speed() -> list[Figure]:
     times = {name: draw.lognormal(mean, 1.0, devices) for name, mean in (("fixed_s", 3.0), ("upload_s", 1.0))}
     state = in_round(1, wanted, BAND_HZ, **known, **times)
     policy.participation += 0.3 * draw.random(devices)
-    drawn = _seconds(lambda: policy.select(state, draw))
+    drawn = cpu_s(lambda: policy.select(state, draw), 61)
     learnt = []
     for _ in range(60):
         outcome = came(state, policy.select(state, draw).places, 1.0)
-        learnt.append(_seconds(lambda: policy.feedback(outcome), 1))  # noqa: B023 - called at once
-    depleted = _seconds(lambda: policy.select(state, draw))
+        learnt.append(cpu_s(lambda: policy.feedback(outcome)))  # noqa: B023 - called at once
+    depleted = cpu_s(lambda: policy.select(state, draw), 61)
     name = "drift plus penalty at 100,000"
     return [
         Figure("wireless", f"{name}, select, CPU", 1e3 * drawn, "ms", "<= 1.5"),
         Figure("wireless", f"{name}, select after 60 equal rounds, CPU", 1e3 * depleted, "ms"),
         Figure("wireless", f"{name}, feedback, CPU", 1e3 * float(np.median(learnt)), "ms"),
     ]
-
-
-def _seconds(job: Callable[[], object], repeats: int = 61) -> float:
-    times = []
-    for _ in range(repeats):
-        began = time.thread_time()
-        job()
-        times.append(time.thread_time() - began)
-    return float(np.median(times))
 
 
 def main() -> int:

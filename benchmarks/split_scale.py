@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from benchmarks.own_flower import own_flower
 from benchmarks.record import Figure, write_result
 from fedlam_app.base.store import cache_root
 from fedlam_app.config import Scalar, parse
@@ -125,27 +125,12 @@ def scale() -> list[Figure]:
 
 def overhead() -> Figure:
     """Wall time of an exchange through Flower and Ray beyond the devices' work."""
-    import psutil
-
-    ports = [_free_port(), _free_port()]
     pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in RAY.items())
-    with own_devices(), tempfile.TemporaryDirectory() as folder:
-        env = {
-            **os.environ,
-            "FLWR_HOME": f"{folder}/flower",
-            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": ports[0],
-            "FLWR_LOCAL_CONTROL_API_PORT": ports[1],
-            "FEDLAM_CACHE": str(cache_root("")),
-        }
+    with own_devices(), tempfile.TemporaryDirectory() as folder, own_flower(Path(folder) / "flower") as own:
+        env = {**os.environ, **own, "FEDLAM_CACHE": str(cache_root(""))}
         results = Path(folder) / "run"
         command = [str(Path(sys.executable).with_name("fedlam")), "run", "--results", str(results)]
-        try:
-            subprocess.run([*command, "--run-config", pairs], check=True, env=env)
-        finally:
-            for process in psutil.process_iter(["cmdline"]):
-                line = process.info["cmdline"] or []
-                if "--port" in line and ports[0] in line:
-                    process.terminate()
+        subprocess.run([*command, "--run-config", pairs], check=True, env=env)
         spent = {int(str(r["round"])): float(str(r["overhead_s"])) for r in read_metrics(results)}
     mean_s = (spent[RAY_ROUNDS] - spent[WARM]) / (RAY_ROUNDS - WARM)
     return Figure("split", "a round through Flower and Ray beyond its work", 1e3 * mean_s, "ms", "<= 150")
@@ -164,12 +149,6 @@ def own_devices() -> Iterator[None]:
                 del os.environ["FEDLAM_DEVICES"]
             else:
                 os.environ["FEDLAM_DEVICES"] = before
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from fedlam_app.experiments.cells import cells_of
 from fedlam_app.experiments.run import run_cells
 from fedlam_app.experiments.track import RunFolder, read_metrics
 from fedlam_app.grid import InProcessGrid
+from tests.processes import free_port, processes_in
 from tests.tiny import tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,15 +107,8 @@ class Cluster:
         return left
 
     def processes(self) -> list[psutil.Process]:
-        """Every process that inherited this Flower home: what is already dead has no environment."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("FLWR_HOME", "") == self.env["FLWR_HOME"]:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
+        """Every process that inherited this Flower home."""
+        return processes_in(self.env["FLWR_HOME"])
 
 
 @pytest.fixture(scope="module")
@@ -124,14 +117,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with (tmp_path_factory.getbasetemp().parent / "flower.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         one = Cluster(Path(tempfile.mkdtemp(prefix="fedlam")))
-        home, port = one.folder / "home", _free_port()
+        home, port = one.folder / "home", free_port()
         for made in (home, one.other):
             made.mkdir()
         one.env = {
             **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
             "FLWR_HOME": str(home),
-            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(_free_port()),
-            "FLWR_LOCAL_CONTROL_API_PORT": str(_free_port()),
+            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
+            "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FEDLAM_CACHE": str(one.folder / "cache"),
             "FEDLAM_DEVICES": str(one.folder / "devices"),
@@ -141,7 +134,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         try:
             head = one.start(
                 "head",
-                *("--head", f"--port={port}", f"--ray-client-server-port={_free_port()}"),
+                *("--head", f"--port={port}", f"--ray-client-server-port={free_port()}"),
                 *(f"--temp-dir={one.sessions}", "--include-dashboard=false", *FREE),
             )
             one.address = f"{head}:{port}"
@@ -203,9 +196,3 @@ def test_a_run_with_ray_address_trains_a_fleet_on_the_clusters_nodes_and_equals_
 def _computed(records: list[dict[str, object]]) -> list[dict[str, object]]:
     """What does not depend on the machine: every measured time ends in _s."""
     return [{k: v for k, v in r.items() if not k.endswith("_s") and k != "peak_rss_bytes"} for r in records]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -35,6 +34,7 @@ from fedlam_app.experiments.run import run_cells
 from fedlam_app.experiments.track import RunFolder, read_metrics
 from fedlam_app.grid import InProcessGrid
 from fedlam_app.launch import status_of
+from tests.processes import free_port, processes_in
 from tests.tiny import tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,7 +98,7 @@ class Field:
             *("--root-certificates", str(self.folder / "ca.pem")),
             *("--auth-supernode-private-key", str(self.folder / f"{who}.key")),
             *("--node-config", f"partition-id={device}"),
-            *("--port", str(_free_port())),
+            *("--port", str(free_port())),
         )
 
     def submit(self, flat: dict[str, Scalar]) -> tuple[subprocess.Popen[bytes], Callable[[], str]]:
@@ -127,15 +127,8 @@ class Field:
             time.sleep(1.0)
 
     def processes(self) -> list[psutil.Process]:
-        """Every process of this field: what they start inherits their Flower home."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("FLWR_HOME", "").startswith(str(self.folder)):
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
+        """Every process of this field."""
+        return processes_in(str(self.folder))
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +136,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
     """A SuperLink that knows the keys of three SuperNodes, and the SuperNodes; all are gone at the end."""
     with (tmp_path_factory.getbasetemp().parent / "flower.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        one = Field(tmp_path_factory.mktemp("field"), _free_port())
+        one = Field(tmp_path_factory.mktemp("field"), free_port())
         try:
             _raise(one)
             yield one
@@ -307,9 +300,3 @@ def _until(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.2)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from fedlam_app.grid import InProcessGrid
 from fedlam_app.models import backbones
 from fedlam_app.models.rows import Rows
 from fedlam_app.tasks.channel_prediction import ChannelPrediction
+from tests.processes import free_port
 from tests.tiny import tiny_run, tiny_text_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +38,7 @@ def flower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
 
     One worker at a time: Flower gives a SuperLink 15 s to start, and two at once need more on two busy cores.
     """
-    ports = [str(_free_port()) for _ in range(2)]
+    ports = [str(free_port()) for _ in range(2)]
     with (tmp_path_factory.getbasetemp().parent / "flower.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield {
@@ -167,9 +167,3 @@ def test_a_failed_run_exits_with_one_and_says_why(
     code, output = fedlam_run(broken, tmp_path / "results", flower)
     assert code == 1
     assert str(tmp_path / "channels") in output and "is finished:failed" in output
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
