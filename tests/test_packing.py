@@ -273,7 +273,7 @@ def test_a_factor_multiplies_a_devices_weight_in_a_sum_as_outside_one() -> None:
     models = []
     for apart in (False, True):
         federation = begun("fedavg-lora", COUNT, 2, apart)
-        federation.hands.participation = Weighed(federation.algorithm, 1)
+        federation.hands.participation = Weighed(federation.algorithm)
         models.append(played(federation, moving(), rounds=1)[0])
     start = begun("fedavg-lora", COUNT, 1).algorithm.models()[0]
     moved = [np.random.default_rng((1, k)).standard_normal(LAYOUT.size) for k in range(COUNT)]
