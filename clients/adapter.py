@@ -17,6 +17,7 @@ from torch import nn
 
 from clients.compact import Compact
 from clients.faults import tampered
+from clients.ledgers import Ledgers
 from clients.loop import local_steps
 from clients.memory import Kept, Memory
 from fedlam_app.base.keys import seed_of
@@ -39,6 +40,7 @@ class Worker:
         self.config = config
         self.task = task
         self.memory = Memory(config)
+        self.ledgers = Ledgers(config, self.memory.folder)
         self._kept = Kept(self.memory)
         self._build()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fedlam_app import rules_split
+from fedlam_app import rules_privacy, rules_split
 from fedlam_app.base.registry import pick
 from fedlam_app.config import CLASSICAL, ConfigError, RunConfig, parse, to_flat
 from fedlam_app.experiments.cells import cells_of
@@ -78,6 +78,14 @@ def warnings(config: RunConfig) -> list[str]:
     return []
 
 
+def promises(config: RunConfig) -> list[str]:
+    """Return what the experiments of a job promise of privacy, each promise once."""
+    from fedlam_app.privacy.statement import statement
+
+    found = (statement(own) for own in _experiments(config))
+    return list(dict.fromkeys(promise.text() for promise in found if promise is not None))
+
+
 def _experiments(config: RunConfig) -> Iterator[RunConfig]:
     """Yield the configuration of every experiment that trains; seeds make no difference here."""
     flat = to_flat(config)
@@ -134,6 +142,7 @@ def _combined(config: RunConfig) -> Iterator[str]:
             f" the sum of what devices send; it must be 'ofdma', or the strategy one that averages:"
             f" {', '.join(can)}"
         )
+    yield from rules_privacy.with_strategy(config, rule.space, rule.linear)
     if rule.space == "gradient":
         if sentence := rules_split.broken(config):
             yield sentence

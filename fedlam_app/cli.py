@@ -61,6 +61,8 @@ def run(
     except ConfigError as error:
         _refuse(str(error))
     typer.echo(f"results: {config.results}")
+    for line in checks.promises(config):
+        typer.echo(line)
     for line in checks.warnings(config):
         typer.secho(f"warning: {line}", fg=typer.colors.YELLOW, err=True)
     if dry_run:

@@ -12,16 +12,18 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.adapter import Worker
 from clients.faults import vanishes
-from clients.split import SplitDevice
+from clients.split import Answer, SplitDevice
+from fedlam_app.base import packing
 from fedlam_app.base.packing import gathered
 from fedlam_app.base.records import (
     EvaluateOrder,
@@ -42,6 +44,7 @@ from fedlam_app.base.records import (
 )
 from fedlam_app.base.registry import pick
 from fedlam_app.config import Scalar, parse
+from fedlam_app.privacy.accounting import BudgetSpent
 from fedlam_app.tasks import TASKS
 
 app = ClientApp()
@@ -73,7 +76,10 @@ def _train(content: RecordDict, base: str) -> TrainReport:
     worker = _worker(base, order.cell)
     started = time.process_time()
     here = [p for p, k in enumerate(order.devices) if not vanishes(worker.config, k, order.round)]
-    report = gathered(order, (worker.obey(order, place) for place in here))
+    refused: list[int] = []
+    report = gathered(order, (a for place in here if (a := _allowed(worker, order, place, refused))))
+    ledgers = _books(worker, report.devices)
+    report = replace(report, refused=refused, ledgers=ledgers)
     return replace(report, cpu_s=time.process_time() - started, peak_rss_bytes=peak_rss_bytes())
 
 
@@ -81,18 +87,43 @@ def _split(content: RecordDict, base: str) -> SplitReport:
     order = decode(content, SplitOrder)
     device = _device(base, order.cell)
     started = time.process_time()
-    found = [device.answer(order, place) for place in range(len(order.devices))]
+    found: list[Answer | None] = []
+    refused: list[int] = []
+    for place, number in enumerate(order.devices):
+        try:
+            found.append(device.answer(order, place))
+        except BudgetSpent:
+            refused.append(number)
     answers = [answer for answer in found if answer is not None]
     payload, sizes = join([answer.payload for answer in answers], np.uint8)
     return SplitReport(
         devices=[answer.device for answer in answers],
         weights=[answer.weight for answer in answers],
         losses=[answer.loss for answer in answers],
+        refused=refused,
+        ledgers=_books(device.worker, [answer.device for answer in answers]),
         cpu_s=time.process_time() - started,
         peak_rss_bytes=peak_rss_bytes(),
         payload=payload,
         sizes=sizes,
     )
+
+
+def _allowed(worker: Worker, order: TrainOrder, place: int, refused: list[int]) -> packing.Answer | None:
+    """Return a device's answer; a device whose budget is spent is added to ``refused``."""
+    try:
+        return worker.obey(order, place)
+    except BudgetSpent:
+        refused.append(order.devices[place])
+        return None
+
+
+def _books(worker: Worker, devices: list[int]) -> list[str]:
+    """Return the devices' privacy ledgers; nothing without privacy."""
+    if not worker.config.privacy.on:
+        return []
+    books = worker.ledgers.snapshot(devices)
+    return [books.get(str(k), "") for k in devices]
 
 
 def _modules(content: RecordDict, base: str) -> ModulesReport:
@@ -160,6 +191,23 @@ def _keep_to_its_own(message: Message, context: Context) -> None:
         raise ValueError(f"this site is device {own}")
 
 
+@contextmanager
+def _books_kept(content: RecordDict, base: str, context: Context) -> Iterator[None]:
+    """Bring the devices' privacy ledgers out of this SuperNode's state, and leave them there."""
+    asked = content.config_records["config"]
+    cell, devices = str(asked["cell"]), asked.get("devices", [])
+    worker = _worker(base, cell)
+    if not worker.config.privacy.on or not isinstance(devices, list):
+        yield
+        return
+    name = f"ledgers {cell}"
+    kept = {k: str(text) for k, text in context.state.config_records.get(name, {}).items()}
+    worker.ledgers.restore(kept)
+    yield
+    kept |= worker.ledgers.snapshot([int(k) for k in devices])
+    context.state.config_records[name] = ConfigRecord(dict(kept))
+
+
 def _answer(
     message: Message, context: Context, known: Mapping[str, Callable[[RecordDict, str], Report]]
 ) -> Message:
@@ -168,7 +216,9 @@ def _answer(
     try:
         _keep_to_its_own(message, context)
         work = pick(known, kind_of(message.content), "order")
-        return reply(work(message.content, json.dumps(run_config, sort_keys=True)), message)
+        base = json.dumps(run_config, sort_keys=True)
+        with _books_kept(message.content, base, context):
+            return reply(work(message.content, base), message)
     except Exception as error:
         traceback.print_exc()
         where = message.content.config_records["config"]

@@ -31,6 +31,7 @@ from fedlam_app.tables.jobs import (
     FederationConfig,
     TrainConfig,
 )
+from fedlam_app.tables.privacy import PrivacyConfig
 from fedlam_app.tables.split import (
     AsyncConfig,
     FaultsConfig,
@@ -50,6 +51,7 @@ __all__ = [
     "DataConfig",
     "MixtureConfig",
     "ModelConfig",
+    "PrivacyConfig",
     "RunConfig",
     "Scalar",
     "TextConfig",
@@ -101,6 +103,7 @@ class RunConfig(Table):
     server: ServerConfig
     robust: RobustConfig
     fedbuff: AsyncConfig
+    privacy: PrivacyConfig
     faults: FaultsConfig
     fleet: FleetConfig
     wireless: WirelessConfig

@@ -31,7 +31,7 @@ from fedlam_app.rules import TEXT_SOURCES
 
 PATH_KEYS = (
     *("results", "data.source", "data.test-source", "data.cache", "model.weights", "text.source"),
-    *("fleet.capacity", "fleet.behaviour", "fleet.speeds"),
+    *("fleet.capacity", "fleet.behaviour", "fleet.speeds", "privacy.ledgers"),
 )
 NO_INSTALL = "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"
 _STARTED = re.compile(rb"Successfully started run (\d+)")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedlam_app import rules_wireless
+from fedlam_app import rules_privacy, rules_wireless
 from fedlam_app.base.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _SLACK = 1e-9  # 20 shards of 0.05 are one whole, whatever the rounding
 def broken(config: RunConfig) -> str | None:
     """Return what makes ``config`` impossible, in one sentence, or ``None``."""
     own = (_ranges, _repeats, _shards, _partition, _model, _text, _devices, _ranks, _faults, _paths)
-    for rule in (*own, rules_wireless.broken):
+    for rule in (*own, rules_wireless.broken, rules_privacy.broken):
         for sentence in rule(config):
             return sentence
     return None

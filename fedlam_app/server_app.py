@@ -34,6 +34,8 @@ def main(grid: Grid, context: Context) -> None:
     for cell in cells:
         own = parse({**base, **cell.overrides})
         pick(TASKS, own.task, "task")(own).prepare()
+    for line in checks.promises(config):
+        log(INFO, "%s", line)
     run_cells(
         grid,
         base,

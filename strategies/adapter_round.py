@@ -29,12 +29,12 @@ from fedlam_app.base.records import (
 from fedlam_app.base.vectors import Vector
 from fedlam_app.tables.jobs import FederationConfig
 from fedlam_app.wireless.fleet import Load
-from strategies.algorithm import Algorithm, Plan
+from strategies.algorithm import Algorithm
 from strategies.base import OWNERS, Cost, Federation, Grid
 from strategies.cohort import Cohort, Said, scalars
 from strategies.hands import Hands
-
-Bytes = NDArray[np.float64]  # (N,)
+from strategies.participation import Turn
+from strategies.payloads import Payloads
 
 
 class AdapterFederation(Federation):
@@ -53,7 +53,7 @@ class AdapterFederation(Federation):
         self.ids = np.array(devices, np.int64)  # (N,)
         self.heard = np.zeros(len(devices), np.int64)  # the last round that each device finished
         self.holds = np.zeros(len(devices), np.int64)  # how many entries each device has
-        self._payloads: dict[tuple[int, Plan], tuple[Bytes, Bytes]] = {}  # by length of a model, and plan
+        self.payloads = Payloads(algorithm, self.ids)
 
     def train_round(self, grid: Grid, number: int) -> Cost:
         """Run round ``number`` (1-based) and return its cost."""
@@ -63,16 +63,19 @@ class AdapterFederation(Federation):
             number, lambda: self._load(number), lambda devices: self.poll(grid, number, devices)
         )
         models, rows = hands.versions.models(), hands.versions.rows(turn)
-        cohort = Cohort(algorithm, number, turn.ids, turn.steps, turn.factors, models, rows)
+        cohort = Cohort(algorithm, number, turn, models, rows)
         heard = hands.begin(turn)
+        self.refused = set()
         if turn.ids:
             self._work(grid, cohort)
+            if self._weight == 0.0 and self.refused:
+                return self.cost  # budgets are spent: the model stays as it is
             if self._weight == 0.0:
                 why = "; ".join(self.cost.failures) or "every device vanished"
                 raise RuntimeError(f"no device finished round {number}: {why}")
             hands.reception.end(number)
             algorithm.step()
-            self.loss = self._loss / self._weight
+            self.loss = float("nan") if self.withheld else self._loss / self._weight
         heard.loss, heard.norm = cohort.losses, cohort.norms
         hands.settle(heard)
         return self.cost
@@ -83,8 +86,8 @@ class AdapterFederation(Federation):
         Whoever does not answer, or has no finite loss, is missing. Bytes are charged to the current cost.
         """
         models, rows = self.algorithm.models(), self.algorithm.rows(devices)
-        none = [0] * len(devices)
-        cohort = Cohort(self.algorithm, number, devices, none, [1.0] * len(devices), models, rows)
+        nothing = Turn(ids=list(devices), steps=[0] * len(devices), factors=[1.0] * len(devices))
+        cohort = Cohort(self.algorithm, number, nothing, models, rows)
 
         def take(report: TrainReport) -> None:
             for k, loss in zip(report.devices, report.losses, strict=True):
@@ -137,24 +140,9 @@ class AdapterFederation(Federation):
 
     def _load(self, number: int) -> Load:
         """Return what a round asks of each device: its own payloads, and the work of its steps."""
-        sort = self.algorithm.models().shape[1], self.algorithm.plan(number)
-        if sort not in self._payloads:  # rounds are of few sorts, and each passes over all devices
-            self._payloads[sort] = self._payload_bytes(number)
-        up, down = self._payloads[sort]
+        up, down = self.payloads.of(number)
         assert self.hands.whole is not None
         return self.hands.whole.load(up, down + self._lacking()[self.holds])
-
-    def _payload_bytes(self, number: int) -> tuple[Bytes, Bytes]:
-        """Return what each device (N,) sends and is sent, without the entries that it lacks."""
-        ranks = self.algorithm.ranks()  # (N,)
-        up, down = np.zeros(len(ranks)), np.zeros(len(ranks))
-        for rank in np.unique(ranks):
-            sample = [int(self.ids[np.argmax(ranks == rank)])]
-            models, rows = self.algorithm.models(), self.algorithm.rows(sample)
-            alike = Cohort(self.algorithm, number, sample, [1], [1.0], models, rows)
-            up[ranks == rank] = framed_bytes((alike.width(sample[0]),))
-            down[ranks == rank] = framed_bytes(alike.sent(sample[0]).shape)
-        return up, down
 
     def _lacking(self) -> NDArray[np.int64]:
         """Return the bytes of the entries that a device lacks, by how many it holds."""
@@ -217,6 +205,7 @@ class AdapterFederation(Federation):
         cohort.bytes_down |= dict(zip(devices, down, strict=True))
         self.cost.bytes_down += sum(down)
         first = int(self.holds[places].min())
+        noise, free = cohort.turn.privacy(devices)
         joined, sizes = join(vectors, np.float32)
         plan = cohort.plan
         return TrainOrder(
@@ -228,6 +217,8 @@ class AdapterFederation(Federation):
             known=self.heard[places].tolist(),
             steps=[cohort.steps[k] for k in devices],
             factors=[cohort.factors[k] for k in devices],
+            noise=noise,
+            free=free,
             chunks=[chunks[k] for k in devices] if chunks else [],
             width=cohort.width(devices[0]) if chunks else 0,
             trains=plan.trains,
@@ -246,6 +237,7 @@ class AdapterFederation(Federation):
 
     def _take_vectors(self, cohort: Cohort, report: TrainReport) -> None:
         """Give every device's vector to the rule, or name what is wrong with it."""
+        self.keep_books(cohort.number, report)
         answers, vectors = scalars(report), cut(report.vectors, report.sizes)
         for (k, said), vector in list(zip(answers.items(), vectors, strict=True)):
             if not np.isfinite(vector).all():
@@ -259,6 +251,7 @@ class AdapterFederation(Federation):
         self, cohort: Cohort, node_of: dict[int, Node], sums: dict[Node, Sum | None], report: TrainReport
     ) -> None:
         """Keep a SuperNode's sums; whoever is named as a failure is not in them."""
+        self.keep_books(cohort.number, report)
         answers = scalars(report)
         members: dict[Node, list[int]] = {}
         for k in sorted(answers):
@@ -284,7 +277,9 @@ class AdapterFederation(Federation):
             return False
         place = self._place(device)
         self.heard[place], self.holds[place] = cohort.number, len(self.algorithm.entries())
-        cohort.losses[device], cohort.norms[device] = said.loss, said.norm
+        if not self.withheld:
+            cohort.losses[device] = said.loss
+        cohort.norms[device] = said.norm
         self._loss, self._weight = self._loss + said.weight * said.loss, self._weight + said.weight
         return True
 

@@ -30,7 +30,9 @@ from fedlam_app.base.records import (
     ModulesOrder,
     Report,
     SplitOrder,
+    SplitReport,
     TrainOrder,
+    TrainReport,
     decode,
     order,
 )
@@ -80,6 +82,9 @@ class Federation(Strategy):
         self.sites = Sites(devices) if where.placement == "sites" else None
         self.cost = Cost()
         self.loss = float("nan")  # weighted mean loss of the last round's steps
+        self.withheld = algorithm.config.privacy.withholds  # no loss leaves a device
+        self.ledgers: dict[int, str] = {}  # each device's privacy ledger, as it last said
+        self.refused: set[int] = set()  # whose budget was spent when they were asked last
         self._complete = False  # whether all SuperNodes that are expected have been there
         self._orders: Packed = []
         self._take: Callable[[Message], None] = lambda message: None
@@ -141,6 +146,13 @@ class Federation(Strategy):
         self.cost.exchanges += 1
         self.cost.exchange_s += time.monotonic() - started
         self.cost.waited_s += self._slowest_s
+
+    def keep_books(self, number: int, report: TrainReport | SplitReport) -> None:
+        """Keep what a report says of privacy: the devices' ledgers, and who could not take part any more."""
+        self.ledgers |= dict(zip(report.devices, report.ledgers, strict=False))
+        self.refused |= set(report.refused)
+        for k in report.refused:
+            self.failed(f"round {number}: device {k} did nothing: its privacy budget is spent")
 
     def shares(
         self, grid: Grid, devices: Sequence[int], work: Sequence[float] | None = None

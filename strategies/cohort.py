@@ -20,6 +20,7 @@ from fedlam_app.base.packing import chunked
 from fedlam_app.base.records import TrainReport
 from fedlam_app.base.vectors import Vector
 from strategies.algorithm import Algorithm, Vectors
+from strategies.participation import Turn
 
 
 class Cohort:
@@ -29,23 +30,18 @@ class Cohort:
         self,
         algorithm: Algorithm,
         number: int,
-        devices: Sequence[int],
-        steps: Sequence[int],
-        factors: Sequence[float],
+        turn: Turn,
         models: Vectors,
         rows: Sequence[int],
     ) -> None:
-        """Device ``devices[i]`` takes ``steps[i]`` local steps from ``models[rows[i]]``.
-
-        Its weight is multiplied by ``factors[i]``.
-        """
-        self.number, self.devices = number, list(devices)
+        """Device ``turn.ids[i]`` starts from ``models[rows[i]]``."""
+        self.number, self.turn, self.devices = number, turn, list(turn.ids)
         self.plan, self.models, self.layout = algorithm.plan(number), models, algorithm.layout
         self.compact = models.shape[1] != self.layout.size
-        ranks = [algorithm.rank(k) for k in devices]
-        self.kinds = dict(zip(devices, zip(rows, ranks, strict=True), strict=True))  # (row, rank)
-        self.steps = dict(zip(devices, steps, strict=True))
-        self.factors = dict(zip(devices, factors, strict=True))
+        ranks = [algorithm.rank(k) for k in turn.ids]
+        self.kinds = dict(zip(turn.ids, zip(rows, ranks, strict=True), strict=True))  # (row, rank)
+        self.steps = dict(zip(turn.ids, turn.steps, strict=True))
+        self.factors = dict(zip(turn.ids, turn.factors, strict=True))
         self.losses: dict[int, float] = {}  # of those whose work counts
         self.norms: dict[int, float] = {}  # of their updates
         self.bytes_up: dict[int, int] = {}  # of everybody who answered, as serialised

@@ -17,7 +17,14 @@ import torch
 from numpy.typing import NDArray
 
 from fedlam_app.base import sparse
-from fedlam_app.base.split_payload import Uplink, from_integers, jacobian_draw, position, to_integers
+from fedlam_app.base.split_payload import (
+    Downlink,
+    Uplink,
+    from_integers,
+    jacobian_draw,
+    position,
+    to_integers,
+)
 from fedlam_app.base.wire import FORMATS
 from fedlam_app.config import RunConfig
 from fedlam_app.models.backbones import POSITIONS
@@ -42,6 +49,15 @@ class Errand:
     gradients: bytes = b""
     tokens: int = 0  # of its gradients
     missing: bytes = b""
+
+    def downlink(self, modules: bytes) -> Downlink:
+        """Return what goes down on it, with the averaged modules or without."""
+        return Downlink(
+            representations=self.representations,
+            gradients=self.gradients,
+            missing=self.missing,
+            modules=modules,
+        )
 
 
 @dataclass

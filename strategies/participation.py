@@ -34,6 +34,15 @@ class Turn:
     versions: list[int] = field(default_factory=list)  # the step whose model each began with; empty: this one
     snr: list[float] = field(default_factory=list)  # a symbol, faded; over the air alone
     mean_snr: list[float] = field(default_factory=list)
+    noise: list[float] = field(default_factory=list)  # what each one's noise multiplier is multiplied by
+    free: list[float] = field(default_factory=list)  # what of it the channel adds by itself, at worst
+
+    def privacy(self, devices: Sequence[int]) -> tuple[list[float], list[float]]:
+        """Return ``noise`` and ``free`` of some devices, of this turn or not; empty where nothing is said."""
+        at = {k: place for place, k in enumerate(self.ids)}
+        noise = [self.noise[at[k]] if k in at else 1.0 for k in devices] if self.noise else []
+        free = [self.free[at[k]] if k in at else 0.0 for k in devices] if self.free else []
+        return noise, free
 
 
 @dataclass(kw_only=True)

@@ -34,7 +34,7 @@ from fedlam_app.base.records import (
     join,
     payload_bytes,
 )
-from fedlam_app.base.split_payload import Downlink, Uplink, from_bytes, to_bytes, version
+from fedlam_app.base.split_payload import Uplink, from_bytes, to_bytes, version
 from fedlam_app.config import RunConfig
 from fedlam_app.models.split import SplitModel, rows_of
 from fedlam_app.tasks.base import Task
@@ -73,19 +73,19 @@ class SplitFederation(Federation):
 
     def train_round(self, grid: Grid, number: int) -> Cost:
         """Run round ``number`` (1-based) and return its cost."""
-        self.cost, self._loss, self._weight, self._asked = Cost(), 0.0, 0.0, 0
+        self.cost, self._loss, self._weight, self._asked, self.refused = Cost(), 0.0, 0.0, 0, set()
         steps = self.config.train.local_steps
         for step in range((number - 1) * steps + 1, number * steps + 1):
             self._step(grid, step)
         if self.graded:
             self._exchange(grid, number * steps, self.graded)
-        if self._weight == 0.0 and self._asked:
+        if self._weight == 0.0 and self._asked and not self.refused:
             why = "; ".join(dict.fromkeys(self.cost.failures)) or "every device vanished"
             raise RuntimeError(f"no device finished round {number}: {why}")
         if self.modules.averaged and number % self.config.split.average_every == 0:
             self._average(grid, number)
         if self._weight:
-            self.loss = self._loss / self._weight
+            self.loss = float("nan") if self.withheld else self._loss / self._weight
         return self.cost
 
     # --- a step -------------------------------------------------------------------------------------
@@ -155,7 +155,9 @@ class SplitFederation(Federation):
                 answer = answers[k]
                 self.link.saw(seen[k])
                 self.hands.fold(self.turn, k, gradient, answer.weight)
-                self.heard.loss[k], self.heard.norm[k] = answer.loss, float(np.linalg.norm(gradient))
+                self.heard.norm[k] = float(np.linalg.norm(gradient))
+                if not self.withheld:
+                    self.heard.loss[k] = answer.loss
                 self.modules.worked(k, answer.weight)
                 self._loss += answer.weight * answer.loss
                 self._weight += answer.weight
@@ -181,6 +183,7 @@ class SplitFederation(Federation):
         orders = [(node, self._order(own, errands)) for node, own in self.shares(grid, devices)]
 
         def take(report: SplitReport) -> None:
+            self.keep_books(step, report)
             self.cost.bytes_up += payload_bytes(report.payload)
             payloads = cut(report.payload, report.sizes)
             parts = zip(report.devices, payloads, report.weights, report.losses, strict=True)
@@ -204,18 +207,14 @@ class SplitFederation(Federation):
     def _order(self, devices: list[int], errands: dict[int, Errand]) -> SplitOrder:
         """Pack the errands of one SuperNode's devices."""
         downlinks = [
-            Downlink(
-                representations=errands[k].representations,
-                gradients=errands[k].gradients,
-                missing=errands[k].missing,
-                modules=self.modules.news(k) if self.link.needs_modules(errands[k]) else b"",
-            )
+            errands[k].downlink(self.modules.news(k) if self.link.needs_modules(errands[k]) else b"")
             for k in devices
         ]
         for k, down in zip(devices, downlinks, strict=True):
             if errands[k].shown or errands[k].graded:
                 self.hands.meter.went_down(k, errands[k].rows, errands[k].tokens, len(down.modules))
         payload, sizes = join([to_bytes(down) for down in downlinks], np.uint8)
+        noise, free = self.turn.privacy(devices)
         self.cost.bytes_down += payload_bytes(payload)
         return SplitOrder(
             cell=self.cell,
@@ -224,6 +223,8 @@ class SplitFederation(Federation):
             graded=[errands[k].graded for k in devices],
             wanted=[errands[k].wanted for k in devices],
             known=[self.known.get(k, 0) for k in devices],
+            noise=noise,
+            free=free,
             payload=payload,
             sizes=sizes,
         )
@@ -244,10 +245,10 @@ class SplitFederation(Federation):
     def _average(self, grid: Grid, number: int) -> None:
         """Average the modules of the devices that worked since the last time."""
         devices = [k for k in self.devices if self.modules.share(k) > 0.0]
-        orders = []
-        for node, own in self.shares(grid, devices):
-            known = [self.known.get(k, 0) for k in own]
-            orders.append((node, ModulesOrder(cell=self.cell, devices=own, known=known)))
+        orders = [
+            (node, ModulesOrder(cell=self.cell, devices=own, known=[self.known.get(k, 0) for k in own]))
+            for node, own in self.shares(grid, devices)
+        ]
 
         def take(report: ModulesReport) -> None:
             for k, vector in list(zip(report.devices, report.vectors, strict=True)):

@@ -18,6 +18,7 @@ FLOORS = {
     "fedlam_app.base": 0,
     "fedlam_app.config": 0,
     "fedlam_app.rules": 0,
+    "fedlam_app.rules_privacy": 0,
     "fedlam_app.rules_split": 0,
     "fedlam_app.rules_wireless": 0,
     "fedlam_app.tables": 0,

@@ -26,9 +26,10 @@ from tests.split_runs import FP32, Flat, Run, channel_run, text_run, tiny_backbo
 __all__ = ["tiny_backbones"]  # a fixture that every test here uses
 
 COMMON = {"cpu_s", "peak_rss_bytes"}
+PRIVACY = {"refused", "ledgers"}
 UPLINK = {
-    "TrainReport": COMMON | {"devices", "weights", "losses", "norms", "vectors", "sizes", "sums"},
-    "SplitReport": COMMON | {"devices", "weights", "losses", "payload", "sizes"},
+    "TrainReport": COMMON | PRIVACY | {"devices", "weights", "losses", "norms", "vectors", "sizes", "sums"},
+    "SplitReport": COMMON | PRIVACY | {"devices", "weights", "losses", "payload", "sizes"},
     "ModulesReport": COMMON | {"devices", "vectors"},
     "EvaluateReport": COMMON | {"rows", "chunks", "users", "table"},
 }
@@ -182,6 +183,8 @@ def test_the_search_finds_labels_that_a_record_was_made_to_hold(tmp_path: Path) 
         whole: dict[str, Any] = {
             "devices": [0],
             "losses": [0.0],
+            "refused": [],
+            "ledgers": [],
             "cpu_s": 0.0,
             "peak_rss_bytes": 1,
             "sizes": [1],

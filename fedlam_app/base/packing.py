@@ -159,6 +159,8 @@ def gathered(order: TrainOrder, answers: Iterable[Answer]) -> TrainReport:
         weights=weights,
         losses=losses,
         norms=norms,
+        refused=[],
+        ledgers=[],
         cpu_s=0.0,
         peak_rss_bytes=0,
         vectors=join(vectors, np.float32)[0],

@@ -21,7 +21,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from numpy.typing import NDArray
 
-SCHEMA = 3  # raise it whenever a field changes its meaning
+SCHEMA = 4  # raise it whenever a field changes its meaning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,8 @@ class TrainOrder:
     known: list[int]  # the last round of each device that the server has heard of; 0: none
     steps: list[int]  # local steps of each device; 0 is a poll: the loss of its first batch, nothing else
     factors: list[float]  # what each device's weight is multiplied by
+    noise: list[float]  # what each device's noise multiplier is multiplied by; empty: 1
+    free: list[float]  # the noise multiplier that its channel adds for nothing, at worst; empty: 0
     chunks: list[int]  # whose sum each vector enters, ascending; empty: every vector travels as it is
     width: int  # values that each device of a chunk hands in; 0 without chunks
     trains: str  # parts: 'a', 'b', 'other', joined by '+'
@@ -60,6 +62,8 @@ class TrainReport:
     weights: list[float]  # training examples times the device's factor
     losses: list[float]  # mean loss of the local steps, linear
     norms: list[float]  # of the update; NaN where the vector is not finite or has another shape
+    refused: list[int]  # devices whose privacy budget is spent: they did nothing
+    ledgers: list[str]  # each device's privacy ledger, as JSON; empty without privacy
     cpu_s: float
     peak_rss_bytes: int
     vectors: NDArray[np.float32]  # (sum of sizes,); empty where the order has chunks
@@ -77,6 +81,8 @@ class SplitOrder:
     graded: list[int]  # the step whose gradients of the embedding are in the payload
     wanted: list[int]  # the step whose embeddings shall come up
     known: list[int]  # version of each device's own state that the server's last word from it made; 0: none
+    noise: list[float]  # as in a ``TrainOrder``
+    free: list[float]
     payload: NDArray[np.uint8]  # (sum of sizes,), each slice a ``Downlink``
     sizes: list[int]
 
@@ -88,6 +94,8 @@ class SplitReport:
     devices: list[int]
     weights: list[float]  # of each batch that was shown; 0 where none was
     losses: list[float]
+    refused: list[int]  # as in a ``TrainReport``
+    ledgers: list[str]
     cpu_s: float
     peak_rss_bytes: int
     payload: NDArray[np.uint8]  # (sum of sizes,), each slice an ``Uplink``

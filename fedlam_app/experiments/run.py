@@ -24,6 +24,8 @@ from fedlam_app.experiments.cells import Cell
 from fedlam_app.experiments.federate import federate
 from fedlam_app.experiments.progress import Progress
 from fedlam_app.experiments.track import RunFolder
+from fedlam_app.privacy.accounting import Ledger
+from fedlam_app.privacy.statement import statement
 from fedlam_app.tasks import TASKS
 from fedlam_app.tasks.base import Task
 from strategies.base import Cost, Federation, Grid
@@ -133,6 +135,7 @@ class _Run:
             if last or round % config.train.evaluate_every == 0:
                 scores = self._evaluate(federation, last)
                 own = {"own_loss": federation.loss, "failures": self.totals.failures}
+                own |= self._spent(federation)
                 own |= {"seconds": federation.seconds(), **federation.hands.participation.summary()}
                 final = {"kind": "final", "trainable_share": share} if last else {}
                 self._record(round, {**scores, **own, **final})
@@ -166,8 +169,16 @@ class _Run:
         said = views.line(self.config.task, scores)
         self.say(f"[{self.progress.text()}] {cell.label}, seed {cell.seed}: round {round}, {said}")
 
+    def _spent(self, federation: Federation) -> dict[str, float]:
+        """Return the largest epsilon that a device has spent, where any is."""
+        found = [Ledger.from_json(text).epsilon for text in federation.ledgers.values() if text]
+        return {"epsilon": max(found)} if found else {}
+
     def _save(self, federation: Federation, round: int) -> None:
         meta = {"round": round, "totals": asdict(self.totals)}
+        if (promised := statement(self.config)) is not None:
+            books = {str(k): json.loads(text) for k, text in sorted(federation.ledgers.items()) if text}
+            self.folder.save_privacy(self.cell.key, {"statement": promised.record(), "ledgers": books})
         self.folder.save_state(self.cell.key, federation.state(), meta)
 
     def _resume(self, federation: Federation) -> int:

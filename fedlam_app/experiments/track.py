@@ -3,6 +3,7 @@
     config.json        resolved configuration, versions, machine, commit; written once
     metrics.jsonl      one JSON object a line, flushed as it is written; the only source of plots and tables
     state/NAME.safetensors   arrays and a little JSON, replaced atomically: always a whole round, never half
+    privacy/NAME.json        what was promised, and every device's ledger as the server last heard of it
     plots/, report.html, adapter/   made at the end by others
 
 A record has at least ``cell`` (which experiment of the run, such as 'fed-10'), ``label`` (the same for
@@ -29,6 +30,7 @@ from fedlam_app.config import ConfigError, RunConfig, Scalar, identity, results_
 Metrics = dict[str, Any]
 
 CONFIG, METRICS, STATE = "config.json", "metrics.jsonl", "state"
+PRIVACY = "privacy"
 
 
 class RunFolder:
@@ -100,6 +102,10 @@ class RunFolder:
             whole = {key: np.asarray(array, order="C") for key, array in arrays.items()}
             save_file(whole, temporary, metadata={"meta": json.dumps(_plain(meta))})
         return path
+
+    def save_privacy(self, name: str, book: Mapping[str, object]) -> None:
+        """Replace ``privacy/<name>.json``: what an experiment promises, and its devices' ledgers."""
+        write_json(self.path / PRIVACY / f"{name}.json", book)
 
     def load_state(self, name: str) -> tuple[dict[str, NDArray[np.generic]], Metrics] | None:
         """Return (arrays, meta) as they were saved, or ``None`` where nothing was."""
