@@ -36,7 +36,7 @@ class Statement:
     epsilon: float  # the largest budget of a device
     delta: float
     uncovered: tuple[str, ...]  # what the epsilon says nothing of
-    accountant: str = "Rényi DP at integer orders, as in Opacus"
+    accountant: str = "Rényi DP, at the orders of Opacus and larger ones"
 
     def text(self) -> str:
         """Return the promise as lines to print."""
