@@ -20,6 +20,7 @@ from clients.faults import tampered
 from clients.ledgers import Ledgers
 from clients.loop import local_steps
 from clients.memory import Kept, Memory
+from clients.private import Round, dp_sgd
 from fedlam_app.base.keys import seed_of
 from fedlam_app.base.layout import expand, factors_at
 from fedlam_app.base.packing import Answer, distance
@@ -27,7 +28,9 @@ from fedlam_app.base.records import EvaluateOrder, TrainOrder, cut
 from fedlam_app.base.vectors import Vector, pack, unpack
 from fedlam_app.config import RunConfig
 from fedlam_app.models.factors import layout_of, merge, probe
+from fedlam_app.models.remembering import remembering
 from fedlam_app.models.split import SplitModel
+from fedlam_app.privacy.noise import digest
 from fedlam_app.tasks.base import Task
 
 NOTHING: Vector = np.zeros(0, np.float32)  # what a polled device hands in
@@ -46,6 +49,8 @@ class Worker:
 
     def _build(self) -> None:
         self.model: SplitModel = self.task.build_model().to(torch_device(self.config.device))
+        if self.config.model.tuning == "none":
+            self.model.backbone = remembering(self.model.backbone)
         self.named = self.model.trainable()
         self.parameters = list(self.named.values())
         self.layout = layout_of(self.model, self.config.model.alpha / self.config.model.rank)
@@ -54,12 +59,14 @@ class Worker:
             [np.full(p.numel(), not name.startswith("backbone.")) for name, p in self.named.items()]
         )  # (p,) whether it lives on the device in a split
         self._applied = 0  # entries that the resident model has taken in
+        self._told = digest()  # of all of them
         self._basis: NDArray[np.float32] | None = None
 
     def train(self, vector: Vector, device: int, round: int) -> tuple[Vector, float]:
         """Return a device's vector (p,) after its local steps from ``vector``, and their mean loss."""
         unpack(vector, self.parameters)
-        loss = self._steps(device, round, self.config.train.local_steps, "a+b+other", 0.0)
+        steps, everything = self.config.train.local_steps, np.ones(self.layout.size, bool)
+        loss = self._steps(device, round, steps, "a+b+other", 0.0, 1.0, everything)
         return pack(self.parameters), loss
 
     def evaluate(self, vector: Vector, chunk: int, antennas: int) -> NDArray[np.float64]:
@@ -72,9 +79,13 @@ class Worker:
         """Return what the ``place``-th device of an order hands in."""
         device, steps = order.devices[place], order.steps[place]
         self.bring(order.first, order.kinds, order.entry_ranks, order.entries)
+        if self.config.privacy.mechanism == "dp-sgd" and (order.probe or order.compact):
+            raise ValueError("DP-SGD trains LoRA's own factors, and this order asks for other numbers")
         sent = cut(order.vectors, order.sizes)[order.rows[place]]
         work = self._compact_work if order.compact else self._work
         vector, start, loss = work(order, place, sent)
+        if self.config.privacy.withholds:
+            loss = 0.0 if steps else float("nan")  # of a poll that is no answer
         weight = self.task.examples(device) * order.factors[place]
         if steps == 0:
             return Answer(device, vector, weight, loss, 0.0)
@@ -96,7 +107,8 @@ class Worker:
         if order.probe:
             vector, loss = probe(self.model, self.layout, lambda: self._probed(device, round)), 0.0
         else:
-            loss = self._steps(device, round, steps, order.trains, order.proximal)
+            noise = order.noise[place] if order.noise else 1.0
+            loss = self._steps(device, round, steps, order.trains, order.proximal, noise, has)
             vector = pack(self.parameters)
         if own.any():
             self.memory.save(device, round, {"kept": vector[own]}, parent=order.known[place])
@@ -145,19 +157,40 @@ class Worker:
                 merge(self.model, self.layout, vector, rank)
             else:
                 self._basis = vector
+            self._told = digest(self._told, kind, rank, vector)
             self._applied += 1
 
-    def _steps(self, device: int, round: int, steps: int, trains: str, proximal: float) -> float:
-        """Train the parts that the plan names, in place."""
+    def _steps(
+        self,
+        device: int,
+        round: int,
+        steps: int,
+        trains: str,
+        proximal: float,
+        noise: float,
+        within: NDArray[np.bool_],
+    ) -> float:
+        """Train the parts that the plan names, in place; ``within`` masks (p,) what the device has."""
         chosen = self.layout.part(trains)
-        start, trained = 0, []
-        for parameter in self.parameters:
+        start, trained, masks = 0, {}, []
+        for name, parameter in self.named.items():
             parameter.requires_grad_(bool(chosen[start]))
-            trained += [parameter] if chosen[start] else []
+            if chosen[start]:
+                trained[name] = parameter
+                here = torch.from_numpy(within[start : start + parameter.numel()])
+                masks.append(here.to(parameter.device).view_as(parameter))
             start += parameter.numel()
         try:
+            if self.config.privacy.mechanism == "dp-sgd":
+                self._seed(device, round)
+                ordered = Round(
+                    device=device, number=round, steps=steps, proximal=proximal, noise=noise, told=self._told
+                )
+                dp_sgd(self, ordered, trained, masks)
+                return 0.0
+            parameters = list(trained.values())
             return local_steps(
-                self._losses(device, round), trained, self.config.train, round, steps, proximal=proximal
+                self._losses(device, round), parameters, self.config.train, round, steps, proximal=proximal
             )
         finally:
             for parameter in self.parameters:
@@ -182,15 +215,18 @@ class Worker:
         )
         return compact.vector(), sent, loss
 
-    def _losses(self, device: int, round: int) -> Callable[[int], torch.Tensor | None]:
-        """Return the loss of a local step; ``None`` where its batch is empty."""
+    def _seed(self, device: int, round: int) -> None:
+        """Make the model ready to train; dropout is the one draw that torch makes by itself: key it too."""
         self.model.train()
-        # Dropout is the one draw that torch makes by itself: key it too.
         seed = seed_of(self.config.seed, "dropout", device, round)
         # Not torch.manual_seed: it asks every kind of accelerator, which takes as long as a small step.
         torch.default_generator.manual_seed(seed)
         if self.model.device.type == "cuda":
             torch.cuda.manual_seed_all(seed)
+
+    def _losses(self, device: int, round: int) -> Callable[[int], torch.Tensor | None]:
+        """Return the loss of a local step; ``None`` where its batch is empty."""
+        self._seed(device, round)
 
         def loss(step: int) -> torch.Tensor | None:
             batch = self.task.batch(device, round, step)

@@ -34,7 +34,7 @@ def local_steps(
     A loss of ``None`` is an empty batch: no step. ``before_step`` and ``after_step`` stand around the
     optimiser's, for parameters that are not the model's own.
     """
-    optimiser = _optimiser(parameters, train, learning_rate(train.lr, train.rounds, round))
+    optimiser = optimiser_of(parameters, train, learning_rate(train.lr, train.rounds, round))
     start = [p.detach().clone() for p in parameters] if proximal else []
     losses = []
     for step in range(steps):
@@ -55,7 +55,7 @@ def local_steps(
     return sum(losses) / max(1, len(losses))
 
 
-def _optimiser(
+def optimiser_of(
     parameters: list[torch.nn.Parameter], train: TrainConfig, rate: float
 ) -> torch.optim.Optimizer:
     """Return the optimiser that ``train.optimiser`` names; in both the weights decay by rate x decay."""

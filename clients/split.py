@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from clients.adapter import Worker
 from clients.faults import tampered, vanishes
 from clients.memory import Arrays
+from clients.released import Releases
+from clients.split_private import Event, PrivateCut
 from fedlam_app.base import sparse
 from fedlam_app.base.keys import seed_of
 from fedlam_app.base.records import ModulesOrder, SplitOrder, cut
@@ -59,6 +61,8 @@ class SplitDevice:
     def __init__(self, worker: Worker) -> None:
         self.worker, self.config, self.task, self.model = worker, worker.config, worker.task, worker.model
         self.local_steps = self.config.train.local_steps
+        self.cut = PrivateCut(worker)
+        self.once = Releases(worker) if self.config.privacy.mechanism == "release-once" else None
         self.modules = list(self.model.device_side().values())
         self.embedding_trains = any(p.requires_grad for p in self.model.embedding.parameters())
         self.first = worker.initial[worker.modules]  # (q,) the modules of a device that starts
@@ -83,7 +87,7 @@ class SplitDevice:
         weight = loss = 0.0
         jacobians = b""
         if shown:
-            weight, loss, jacobians = self._finish(device, shown, down.representations, memory)
+            weight, loss, jacobians = self._finish(Event.of(order, place), down.representations, memory)
         sent = self._embed(device, order.wanted[place], down.missing) if order.wanted[place] else Uplink()
         if shown or graded:
             if self.modules:
@@ -104,21 +108,21 @@ class SplitDevice:
 
     # --- the three parts of an exchange --------------------------------------------------------------
 
-    def _finish(self, device: int, step: int, data: bytes, memory: Arrays) -> tuple[float, float, bytes]:
+    def _finish(self, event: Event, data: bytes, memory: Arrays) -> tuple[float, float, bytes]:
         """Return the batch's weight, its loss and the coded Jacobians; step the head in place."""
+        device, step = event.device, event.step
         batch, tokens, side = self._embedded(device, step, graph=False)
+        batch = self.cut.relabelled(batch, event)
         counts = rows_of(tokens).tolist()  # (B,)
         found = self._decode(data, counts, tokens.values.shape[1], device, step, memory)
         leaf = torch.from_numpy(found).to(tokens.values).requires_grad_(True)  # (R, D)
         # A task whose samples all have one length has a head that takes them so.
         seen = leaf.unflatten(0, (len(counts), -1)) if self.task.selection == "all" else leaf
-        loss = self.task.criterion(self.model.head(seen, side), batch)
-        loss.backward()
-        assert leaf.grad is not None
+        loss, jacobian = self.cut.backward(self.model.head(seen, side), leaf, batch, counts, event)
         self._descend(self._rate(step), memory.get("average"), self.model.head.parameters())
-        jacobian = tampered(self.config, device, leaf.grad.cpu().numpy())
+        jacobian = tampered(self.config, device, jacobian)
         data = self._encode(jacobian, counts, device, step, memory)
-        return self.task.weight(batch), float(loss.detach()), data
+        return self.task.weight(batch), loss, data
 
     def _descend_embedding(self, device: int, step: int, data: bytes) -> None:
         """Step the embedding on the gradient that came back for a batch."""
@@ -130,6 +134,10 @@ class SplitDevice:
 
     def _embed(self, device: int, step: int, missing: bytes) -> Uplink:
         """Return the embeddings of the samples asked for, or of the whole batch of a task without ids."""
+        if self.once is not None:
+            ids = from_integers(missing, "<u4")
+            data = FORMATS[self.config.wire.embedding].encode(self.once.of(device).vectors[ids])
+            return Uplink(lengths=to_integers(np.ones_like(ids)), embeddings=data)
         if missing:
             batch = self.task.of(device, from_integers(missing, "<u4"))
             inputs = self.task.inputs(self.model, batch)
@@ -155,6 +163,11 @@ class SplitDevice:
     def _embedded(self, device: int, step: int, graph: bool) -> tuple[Any, Tokens, Any]:
         """Return a step's batch, its tokens and what stays on the device: the same whenever it is asked."""
         batch = self.task.batch(device, *position(step, self.local_steps))
+        if self.once is not None:  # charged, and the server has the vectors: the texts are done with
+            self.once.of(device)
+            like, count = next(self.model.head.parameters()), len(batch.targets)
+            values = like.new_zeros(count, int(self.model.backbone.width))  # type: ignore[arg-type]
+            return batch, Tokens(values, torch.ones(count, dtype=torch.int64)), None
         for module in (self.model.embedding, self.model.head):
             module.train()
         if self.embedding_trains:  # dropout is the one draw that torch makes by itself: key it too

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fedlam_app import rules_privacy, rules_split
+from fedlam_app import rules_privacy, rules_split, rules_wireless
 from fedlam_app.base.registry import pick
 from fedlam_app.config import CLASSICAL, ConfigError, RunConfig, parse, to_flat
-from fedlam_app.experiments.cells import cells_of
+from fedlam_app.experiments.cells import Cell, cells_of
 from fedlam_app.rules import MIXTURE, TEXT_TASKS, about_channels, has_backbone, without_backbone
 from fedlam_app.rules_wireless import has_fleet
 
@@ -27,20 +27,15 @@ NO_COHORT = ("local", "central")  # each device alone, or one that has everythin
 
 def check(config: RunConfig) -> None:
     """Raise ``ConfigError``, in one sentence, where ``config`` names or combines what cannot run."""
-    from fedlam_app.models.backbones import locate
-    from fedlam_app.models.predictors import PREDICTORS
     from fedlam_app.tasks import TASKS
     from strategies import ALGORITHMS
     from strategies.selection import POLICIES
 
     try:
         pick(TASKS, config.task, "task")
-        pick(ALGORITHMS, config.strategy, "strategy")
-        pick(POLICIES, config.selection.policy, "selection.policy")
+        _names(config)
         for name in config.compare.policies:
             pick(POLICIES, name, "policy in 'compare.policies':")
-        if about_channels(config):
-            pick(PREDICTORS, config.model.name, "model.name")
         if config.job == "compare":
             known = {**ALGORITHMS, **dict.fromkeys(BASELINES.get(config.task, ()))}
             for name in config.compare.strategies:
@@ -48,17 +43,24 @@ def check(config: RunConfig) -> None:
         if config.job == "case-study":
             for sentence in _of_the_case_study(config):
                 raise ConfigError(sentence)
-        for own in _experiments(config):
-            for sentence in _combined(own):
-                raise ConfigError(sentence)
-        if has_backbone(config):
-            locate(config.model.backbone, config.model.weights)
+        for cell in cells_of(config):
+            _check_cell(config, cell)
+        _weights(config)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
 def check_files(config: RunConfig) -> None:
     """Read the user's data once, so that what is damaged, missing or too little is refused before Ray."""
+    read: list[tuple[object, ...]] = []
+    for own in _experiments(config) if config.job == "sweep" else (config,):
+        data = (own.seed, own.data, own.text, own.mixture, own.fleet, own.train.devices)
+        if data not in read:
+            read.append(data)
+            _check_files(own)
+
+
+def _check_files(config: RunConfig) -> None:
     try:
         if config.task in TEXT_TASKS:
             _texts(config)
@@ -82,8 +84,12 @@ def promises(config: RunConfig) -> list[str]:
     """Return what the experiments of a job promise of privacy, each promise once."""
     from fedlam_app.privacy.statement import statement
 
-    found = (statement(own) for own in _experiments(config))
-    return list(dict.fromkeys(promise.text() for promise in found if promise is not None))
+    budgets: dict[str, list[str]] = {}  # what differs in the budget alone is said once
+    for promise in filter(None, map(statement, _experiments(config))):
+        budget, _, rest = promise.text().partition("\n")
+        said = budgets.setdefault(rest, [])
+        said += [] if budget in said else [budget]
+    return ["\n".join([*said, rest]) for rest, said in budgets.items()]
 
 
 def _experiments(config: RunConfig) -> Iterator[RunConfig]:
@@ -92,6 +98,41 @@ def _experiments(config: RunConfig) -> Iterator[RunConfig]:
     for cell in cells_of(config):
         if not cell.classical:
             yield parse({**flat, **cell.overrides})
+
+
+def _check_cell(config: RunConfig, cell: Cell) -> None:
+    """Refuse one experiment of a job; of a sweep the sentence says which."""
+    if cell.classical:
+        return
+    try:
+        own = parse({**to_flat(config), **cell.overrides})
+        if cell.axes:
+            _names(own)
+            _weights(own)
+        for sentence in _combined(own):
+            raise ConfigError(sentence)
+    except ValueError as error:
+        raise ConfigError(f"in '{cell.label}': {error}" if cell.axes else str(error)) from None
+
+
+def _names(config: RunConfig) -> None:
+    """Look up what is named."""
+    from fedlam_app.models.predictors import PREDICTORS
+    from strategies import ALGORITHMS
+    from strategies.selection import POLICIES
+
+    pick(ALGORITHMS, config.strategy, "strategy")
+    pick(POLICIES, config.selection.policy, "selection.policy")
+    if about_channels(config):
+        pick(PREDICTORS, config.model.name, "model.name")
+
+
+def _weights(config: RunConfig) -> None:
+    """Find the weights of the backbone."""
+    from fedlam_app.models.backbones import locate
+
+    if has_backbone(config):
+        locate(config.model.backbone, config.model.weights)
 
 
 def _is_split(config: RunConfig) -> bool:
@@ -127,7 +168,7 @@ def _of_the_case_study(config: RunConfig) -> Iterator[str]:
 
 def _combined(config: RunConfig) -> Iterator[str]:
     """Yield what a strategy cannot do with the rest of an experiment's configuration."""
-    from strategies import ALGORITHMS
+    from strategies import ALGORITHMS, device_dp
 
     rule, name, model = ALGORITHMS[config.strategy], config.strategy, config.model
     if config.train.cohort and name in NO_COHORT:
@@ -142,7 +183,10 @@ def _combined(config: RunConfig) -> Iterator[str]:
             f" the sum of what devices send; it must be 'ofdma', or the strategy one that averages:"
             f" {', '.join(can)}"
         )
+    yield from rules_wireless.with_space(config, rule.space)
     yield from rules_privacy.with_strategy(config, rule.space, rule.linear)
+    if config.privacy.mechanism == "client":
+        device_dp.check(config, rule.space)
     if rule.space == "gradient":
         if sentence := rules_split.broken(config):
             yield sentence

@@ -1,4 +1,4 @@
-"""`fedlam`: run a job, rebuild its report, list what can be named, examine the machine.
+"""`fedlam`: run a job or a sweep, rebuild its report, audit its privacy, list names, examine the machine.
 
 Heavy imports (torch, flwr, matplotlib) stay inside the commands: `fedlam --help` is instant.
 """
@@ -6,10 +6,14 @@ Heavy imports (torch, flwr, matplotlib) stay inside the commands: `fedlam --help
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from fedlam_app.config import Scalar
 
 app = typer.Typer(
     name="fedlam",
@@ -25,29 +29,70 @@ RunConfigOption = Annotated[
 ]
 
 
+SupernodesOption = Annotated[
+    int | None,
+    typer.Option("--supernodes", help="SuperNodes that carry the devices; best: the CPU cores."),
+]
+ResultsOption = Annotated[
+    Path | None, typer.Option("--results", help="Folder of the run; default ~/fedlam-runs/<job>.")
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the killed run in that folder.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Validate, print the command, start nothing.")]
+AppOption = Annotated[
+    Path | None,
+    typer.Option("--app", help="Checkout that Flower bundles; default: the one that is installed."),
+]
+
+
 @app.command()
 def run(
     run_config: RunConfigOption = None,
-    supernodes: Annotated[
-        int | None, typer.Option(help="SuperNodes that carry the devices; the CPU cores are best.")
-    ] = None,
-    results: Annotated[
-        Path | None, typer.Option(help="Folder of the run; default ~/fedlam-runs/<job>.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the killed run in that folder.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Validate, print the command, start nothing.")
-    ] = False,
-    app_path: Annotated[
-        Path | None,
-        typer.Option("--app", help="Checkout that Flower bundles; default: the one that is installed."),
-    ] = None,
+    supernodes: SupernodesOption = None,
+    results: ResultsOption = None,
+    resume: ResumeOption = False,
+    dry_run: DryRunOption = False,
+    app_path: AppOption = None,
 ) -> None:
     """Validate a configuration, run it through `flwr run`, and exit 1 if the run failed."""
-    from fedlam_app import checks, launch
-    from fedlam_app.config import ConfigError, Scalar
+    _start(run_config or [], {}, supernodes, results, resume, dry_run, app_path)
 
-    flags: dict[str, Scalar] = {}
+
+@app.command()
+def sweep(
+    axes: Annotated[
+        list[str],
+        typer.Argument(help="Axes, 'key=value,value'; 'seed=1,2,3' repeats; '|' is a comma within a value."),
+    ],
+    run_config: RunConfigOption = None,
+    supernodes: SupernodesOption = None,
+    results: ResultsOption = None,
+    resume: ResumeOption = False,
+    dry_run: DryRunOption = False,
+    app_path: AppOption = None,
+) -> None:
+    """Train every combination of some keys' values in one warm run; more values may be added later.
+
+    Such as: fedlam sweep "privacy.target-epsilon=1,3,8,inf" "strategy=fedit,ffa-lora" "seed=1,2,3"
+    """
+    over = {"job": "sweep", "sweep.over": "; ".join(axes)}
+    _start(run_config or [], over, supernodes, results, resume, dry_run, app_path)
+
+
+def _start(
+    run_config: list[str],
+    job: Mapping[str, Scalar],
+    supernodes: int | None,
+    results: Path | None,
+    resume: bool,
+    dry_run: bool,
+    app_path: Path | None,
+) -> None:
+    """Validate, say what will run and what it promises, submit, and exit with the run's code."""
+    from fedlam_app import checks, launch
+    from fedlam_app.config import ConfigError
+    from fedlam_app.experiments.cells import cells_of
+
+    flags: dict[str, Scalar] = dict(job)
     if supernodes is not None:
         flags["federation.supernodes"] = supernodes
     if results is not None:
@@ -55,12 +100,14 @@ def run(
     if resume:
         flags["resume"] = True
     try:
-        config = launch.resolve(launch.read_overrides(run_config or []) | flags)
+        config = launch.resolve(launch.read_overrides(run_config) | flags)
         folder = launch.app_folder(app_path)
         command = launch.command(folder, config)
     except ConfigError as error:
         _refuse(str(error))
     typer.echo(f"results: {config.results}")
+    if config.job == "sweep":
+        typer.echo(f"cells: {len(cells_of(config))}")
     for line in checks.promises(config):
         typer.echo(line)
     for line in checks.warnings(config):
@@ -140,6 +187,38 @@ def list_names() -> None:
     console = Console()
     console.print(names)
     console.print(keys)
+
+
+@app.command()
+def audit(
+    run_config: RunConfigOption = None,
+    trials: Annotated[int, typer.Option(min=10_000, help="Worlds that a mechanism is tried in.")] = 1_000_000,
+    fast: Annotated[bool, typer.Option("--fast", help="Fewer worlds, canaries and texts: a minute.")] = False,
+    output: Annotated[Path | None, typer.Option(help="File for everything that was found, as JSON.")] = None,
+) -> None:
+    """Test the privacy that a configuration claims, or every mechanism; exit 1 if a claim is contradicted."""
+    from rich.console import Console
+
+    from fedlam_app import launch
+    from fedlam_app.base.store import write_json
+    from fedlam_app.config import ConfigError, parse
+    from fedlam_app.experiments.audit import refuse, run_audit
+    from fedlam_app.experiments.audit_table import rendered
+
+    flat: dict[str, Scalar] = {"job": "train", "task": "text-classification"}
+    try:
+        config = parse(flat | launch.read_overrides(run_config or []))
+        refuse(config)
+    except ConfigError as error:
+        _refuse(str(error))
+    console = Console()
+    with console.status("audit") as status:
+        found = run_audit(config, min(trials, 100_000) if fast else trials, fast=fast, say=status.update)
+    for part in rendered(found):
+        console.print(part)
+    if output is not None:
+        write_json(output, found.record())
+    raise typer.Exit(1 if found.contradicted else 0)
 
 
 @app.command()

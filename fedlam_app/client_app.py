@@ -22,15 +22,19 @@ from flwr.clientapp import ClientApp
 
 from clients.adapter import Worker
 from clients.faults import vanishes
+from clients.secure import serve
 from clients.split import Answer, SplitDevice
 from fedlam_app.base import packing
 from fedlam_app.base.packing import gathered
 from fedlam_app.base.records import (
     EvaluateOrder,
     EvaluateReport,
+    MaskedOrder,
     ModulesOrder,
     ModulesReport,
     Report,
+    SecureOrder,
+    SecureReport,
     SiteReport,
     SplitOrder,
     SplitReport,
@@ -139,6 +143,14 @@ def _modules(content: RecordDict, base: str) -> ModulesReport:
     )
 
 
+def _secure(content: RecordDict, base: str, kind: type[SecureOrder] | type[MaskedOrder]) -> SecureReport:
+    order = decode(content, kind)
+    worker = _worker(base, order.cell)
+    started = time.process_time()
+    report = serve(worker, order)
+    return replace(report, cpu_s=time.process_time() - started, peak_rss_bytes=peak_rss_bytes())
+
+
 def _evaluate(content: RecordDict, base: str) -> EvaluateReport:
     order = decode(content, EvaluateOrder)
     worker = _worker(base, order.cell)
@@ -158,6 +170,8 @@ ORDERS: dict[str, Callable[[RecordDict, str], Report]] = {
     "TrainOrder": _train,
     "SplitOrder": _split,
     "ModulesOrder": _modules,
+    "SecureOrder": functools.partial(_secure, kind=SecureOrder),
+    "MaskedOrder": functools.partial(_secure, kind=MaskedOrder),
 }
 
 

@@ -29,6 +29,7 @@ from fedlam_app.tables.jobs import (
     CaseStudyConfig,
     CompareConfig,
     FederationConfig,
+    SweepConfig,
     TrainConfig,
 )
 from fedlam_app.tables.privacy import PrivacyConfig
@@ -67,8 +68,9 @@ __all__ = [
 
 Scalar = bool | int | float | str
 
-# Where and how a run executes, not what it computes: these may differ when a run is resumed.
-_PLACEMENT = ("results", "resume", "federation.")
+# Where and how a run executes, not what it computes: these may differ when a run is resumed. So may how many
+# experiments a sweep has, for they do not depend on each other.
+_PLACEMENT = ("results", "resume", "federation.", "sweep.")
 
 
 class ConfigError(ValueError):
@@ -78,9 +80,9 @@ class ConfigError(ValueError):
 class RunConfig(Table):
     """Everything that decides a run."""
 
-    job: Literal["case-study", "train", "compare"]
-    """The whole comparison of the paper's case study; one federated training; or one task under several
-    strategies."""
+    job: Literal["case-study", "train", "compare", "sweep"]
+    """The whole comparison of the paper's case study; one federated training; one task under several
+    strategies; or every combination of some values of some keys."""
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     """Key of every random draw."""
     results: str
@@ -111,6 +113,7 @@ class RunConfig(Table):
     federation: FederationConfig
     case_study: CaseStudyConfig
     compare: CompareConfig
+    sweep: SweepConfig
 
 
 def _text(value: object) -> Scalar:

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fedlam_app import checks
+from fedlam_app.base.axes import read_axes, write_axes
 from fedlam_app.config import ConfigError, RunConfig, Scalar, defaults, flatten, parse, to_flat
 from fedlam_app.experiments import track
 from fedlam_app.rules import TEXT_SOURCES
@@ -68,6 +69,8 @@ def resolve(overrides: Mapping[str, Scalar]) -> RunConfig:
     the last that is taken. Raises ``ConfigError`` where the configuration or the folder is refused.
     """
     flat = dict(overrides)
+    if "sweep.over" in flat:
+        flat["sweep.over"] = _absolute_axes(str(flat["sweep.over"]))
     for key in PATH_KEYS:
         value = flat.get(key, "")
         if isinstance(value, str) and value and not _is_name(key, value):
@@ -133,7 +136,9 @@ def submit(app: Path, config: RunConfig, say: Callable[[str], None] = print) -> 
     except KeyboardInterrupt:
         if started:
             _flwr("stop", str(started[0]))
-            say(f"stopped run {started[0]}; continue it with: fedlam run --resume --results {config.results}")
+            again = "sweep AXES" if config.job == "sweep" else "run"
+            again = f"fedlam {again} --resume --results {config.results}"
+            say(f"stopped run {started[0]}; continue it with: {again}")
         return 130
     if status == "finished:completed":
         return 0
@@ -221,6 +226,19 @@ def _is_name(key: str, value: str) -> bool:
         return False
     slip = Path(value).name == value and not Path(value).suffix and not Path(value).expanduser().exists()
     return value in TEXT_SOURCES or value.startswith("hub:") or slip
+
+
+def _absolute_axes(text: str) -> str:
+    """Make the paths among a sweep's values absolute; what is no sweep stays, to be refused."""
+    try:
+        axes = read_axes(text)
+    except ValueError:
+        return text
+    for key in axes.keys() & set(PATH_KEYS):
+        axes[key] = tuple(
+            value if _is_name(key, value) else str(Path(value).expanduser().absolute()) for value in axes[key]
+        )
+    return write_axes(axes)
 
 
 def _next_folder(job: str, resume: bool) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlam_app import rules_privacy, rules_wireless
+from fedlam_app.base.axes import read_axes
 from fedlam_app.base.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 TEXT_TASKS = ("text-classification", "language-modelling")
 MIXTURE = "mixture"  # a perceptron on made points: neither channels, nor texts, nor a backbone
-TEXT_SOURCES = ("rotten-tomatoes", "bbc-news")  # those that have a name; others are paths, or hub:OWNER/NAME
+TEXT_SOURCES = ("rotten-tomatoes", "imdb", "bbc-news")  # with a name; others are paths, or hub:OWNER/NAME
 CAUSAL = ("smollm2", "gpt2", "random-gpt2")  # a token sees itself and what came before it
 NOT_CAUSAL = ("minilm", "random", "none")
 BLOCKS = {"minilm": 6, "random": 6, "gpt2": 12, "random-gpt2": 12, "smollm2": 30}
@@ -29,7 +30,9 @@ _SLACK = 1e-9  # 20 shards of 0.05 are one whole, whatever the rounding
 def broken(config: RunConfig) -> str | None:
     """Return what makes ``config`` impossible, in one sentence, or ``None``."""
     own = (_ranges, _repeats, _shards, _partition, _model, _text, _devices, _ranks, _faults, _paths)
-    for rule in (*own, rules_wireless.broken, rules_privacy.broken):
+    every = (*own, rules_wireless.broken, rules_privacy.broken)
+    # What a sweep's keys say together is each experiment's business, as a job 'train' of its own.
+    for rule in (_sweep, _paths) if config.job == "sweep" else every:
         for sentence in rule(config):
             return sentence
     return None
@@ -56,6 +59,18 @@ def without_backbone(config: RunConfig) -> tuple[str, str]:
         remedy = "the strategy must be one of adapter space that needs no LoRA, such as 'fedavg-lora'"
         return f"'task' = '{MIXTURE}'", remedy
     return f"'model.name' = '{config.model.name}'", "the name must be 'llm4cp-clean' or 'llm4cp'"
+
+
+def _sweep(config: RunConfig) -> Iterator[str]:
+    try:
+        read_axes(config.sweep.over)
+    except ValueError as error:
+        yield str(error)
+    if config.privacy.ledgers:
+        yield (
+            f"'privacy.ledgers' = '{config.privacy.ledgers}' is not allowed with 'job' = 'sweep', whose"
+            " experiments would spend each other's budgets; it must be empty"
+        )
 
 
 def _ranges(config: RunConfig) -> Iterator[str]:

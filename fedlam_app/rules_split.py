@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fedlam_app.rules import TEXT_TASKS, has_backbone, without_backbone
+from fedlam_app.rules_wireless import has_fleet
 
 if TYPE_CHECKING:
     from fedlam_app.config import RunConfig
@@ -19,7 +20,7 @@ _SLACK = 1e-9  # as in the trimmed mean: 0.29 of 100 devices are 29
 
 def broken(config: RunConfig) -> str | None:
     """Return what makes ``config`` impossible in gradient space, in one sentence, or ``None``."""
-    for rule in (_server, _ranks, _wire, blocks, _robust, _buffer):
+    for rule in (_server, _ranks, _wire, blocks, _robust, _buffer, _once, _trusted):
         for sentence in rule(config):
             return sentence
     return None
@@ -91,7 +92,7 @@ def blocks(config: RunConfig) -> Iterator[str]:
             f"{key} must be below 'model.blocks' = {config.model.blocks}: at least one block stays on the"
             " edge server"
         )
-    if config.split.heads == "frozen":
+    if config.split.heads == "frozen" and config.privacy.mechanism != "release-once":  # whose front is still
         yield (
             f"{key} is not allowed with 'split.heads' = 'frozen': blocks on the device train there; it must"
             " be 0, or the heads 'personal' or 'averaged'"
@@ -121,6 +122,51 @@ def _buffer(config: RunConfig) -> Iterator[str]:
     n, buffer = takes_part(config), config.fedbuff.buffer
     if config.strategy == "fedbuff" and buffer > n:
         yield f"'fedbuff.buffer' = {buffer} could never fill: {n} devices are at work; it must be 1 to {n}"
+
+
+def _once(config: RunConfig) -> Iterator[str]:
+    """Yield what a single release of projected vectors has no use for, or must not be made of."""
+    privacy, key = config.privacy, "'privacy.mechanism' = 'release-once'"
+    if privacy.mechanism != "release-once":
+        return
+    if config.wire.embedding == "token-ids":
+        yield (
+            f"'wire.embedding' = 'token-ids' is not allowed with {key}, under which no token leaves a device;"
+            " it must be a number format"
+        )
+    if config.split.device_blocks == 0 and config.text.pool != "mean":
+        yield (
+            f"'text.pool' = '{config.text.pool}' is not allowed with 'split.device-blocks' = 0 and {key}: one"
+            " word stands for itself alone before any block; it must be 'mean', or blocks be on the device"
+        )
+    if privacy.public_texts == config.text.source:
+        yield (
+            f"'privacy.public-texts' = '{privacy.public_texts}' is not allowed with 'text.source' ="
+            f" '{config.text.source}' and {key}: the texts that devices hold are not public; it must be"
+            " another source"
+        )
+
+
+def _trusted(config: RunConfig) -> Iterator[str]:
+    """Yield what the trusted server cannot give a guarantee for."""
+    key = "'privacy.mechanism' = 'server-dp-sgd'"
+    if config.privacy.mechanism != "server-dp-sgd":
+        return
+    if config.strategy != "fedsgd-lora":
+        yield (
+            f"'strategy' = '{config.strategy}' is not allowed with {key}, which noises one sum of all"
+            " samples' gradients; it must be 'fedsgd-lora'"
+        )
+    if config.wire.jacobian == "top-k":
+        yield (
+            f"'wire.jacobian' = 'top-k' is not allowed with {key}: what is sent of one sample would depend on"
+            " the others; it must be a number format"
+        )
+    if has_fleet(config) and config.wireless.transport != "ofdma":
+        yield (
+            f"'wireless.transport' = '{config.wireless.transport}' is not allowed with {key}, whose clipping"
+            " needs every sample's gradient as it was sent; it must be 'ofdma'"
+        )
 
 
 def _at_most(byzantine: int) -> str:

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from fedlam_app.config import RunConfig
 
 WITHOUT_RADIO = ("local", "central")  # no sharing, and one that has everything
+NO_TURNS = ("fedbuff",)  # waits for nobody
+UNCODED = ("fp32", "fp64")  # a number is a symbol; fp64, for tests, takes the airtime of two
 FILES = ("capacity", "behaviour", "speeds")
 
 
@@ -46,11 +48,18 @@ def broken(config: RunConfig) -> Iterator[str]:
             f"'wireless.transport' = 'air' is not allowed with {mode}, which would add up the late ones too;"
             " it must be 'ofdma', or the mode 'synchronous' or 'deadline'"
         )
+    if wireless.transport == "analog" and (selection.mode == "asynchronous" or config.strategy in NO_TURNS):
+        culprit = mode if selection.mode == "asynchronous" else f"'strategy' = '{config.strategy}'"
+        yield (
+            f"'wireless.transport' = 'analog' is not allowed with {culprit}, where nobody knows any more how"
+            " a device was heard when its result enters a step; it must be 'ofdma', or the mode 'synchronous'"
+            " and the strategy one that waits"
+        )
     for name in ("capacity", "speeds"):
-        if wireless.transport == "air" and getattr(config.fleet, name):
+        if wireless.transport != "ofdma" and getattr(config.fleet, name):
             yield (
-                f"'wireless.transport' = 'air' is not allowed with 'fleet.{name}', whose links are rates and"
-                " no channels; it must be 'ofdma', or the file none"
+                f"'wireless.transport' = '{wireless.transport}' is not allowed with 'fleet.{name}', whose"
+                " links are rates and no channels; it must be 'ofdma', or the file none"
             )
     if selection.mode == "asynchronous" and config.fedbuff.buffer > wanted:
         yield (
@@ -61,6 +70,17 @@ def broken(config: RunConfig) -> Iterator[str]:
         yield (
             f"'wireless.indoor-share' = {wireless.indoor_share:g} is not allowed with 'wireless.scenario' ="
             " 'indoor', whose base stations are inside too; it must be 0"
+        )
+
+
+def with_space(config: RunConfig, space: str) -> Iterator[str]:
+    """Yield what a fleet's transport and a strategy of that family forbid each other."""
+    code = config.wire.jacobian
+    uncoded = has_fleet(config) and config.wireless.transport == "analog"
+    if uncoded and space == "gradient" and code not in UNCODED:
+        yield (
+            f"'wireless.transport' = 'analog' is not allowed with 'wire.jacobian' = '{code}', which is a code"
+            f" and not the numbers themselves; it must be '{UNCODED[0]}'"
         )
 
 

@@ -54,12 +54,13 @@ class AdapterFederation(Federation):
         self.heard = np.zeros(len(devices), np.int64)  # the last round that each device finished
         self.holds = np.zeros(len(devices), np.int64)  # how many entries each device has
         self.payloads = Payloads(algorithm, self.ids)
+        self.closed = False  # whether a round's results could not be opened (``secure_round.py``)
 
     def train_round(self, grid: Grid, number: int) -> Cost:
         """Run round ``number`` (1-based) and return its cost."""
         self.cost, self._loss, self._weight = Cost(), 0.0, 0.0
         algorithm, hands = self.algorithm, self.hands
-        turn = self.turn = hands.participation.turn(
+        turn = self.turn = hands.turn(
             number, lambda: self._load(number), lambda devices: self.poll(grid, number, devices)
         )
         models, rows = hands.versions.models(), hands.versions.rows(turn)
@@ -68,13 +69,14 @@ class AdapterFederation(Federation):
         self.refused = set()
         if turn.ids:
             self._work(grid, cohort)
-            if self._weight == 0.0 and self.refused:
-                return self.cost  # budgets are spent: the model stays as it is
-            if self._weight == 0.0:
+            excused = self.refused or turn.lost or self.closed or hands.reception.alone
+            if self._weight == 0.0 and not excused:
                 why = "; ".join(self.cost.failures) or "every device vanished"
                 raise RuntimeError(f"no device finished round {number}: {why}")
+        if self._weight or hands.reception.alone:  # else the model stays as it is
             hands.reception.end(number)
             algorithm.step()
+        if self._weight:
             self.loss = float("nan") if self.withheld else self._loss / self._weight
         heard.loss, heard.norm = cohort.losses, cohort.norms
         hands.settle(heard)
@@ -240,6 +242,9 @@ class AdapterFederation(Federation):
         self.keep_books(cohort.number, report)
         answers, vectors = scalars(report), cut(report.vectors, report.sizes)
         for (k, said), vector in list(zip(answers.items(), vectors, strict=True)):
+            if k in cohort.turn.lost:
+                self._charge(cohort, k, said.size)
+                continue
             if not np.isfinite(vector).all():
                 said = replace(said, norm=np.nan)
             if self._counts(cohort, k, said):

@@ -17,6 +17,9 @@ Over the air (``wireless.transport = air``) all send at once, each over the whol
 with a_k the gain without fading. Who is silent (``over_air.heard``) knows it before it starts, and is late.
 Departures: energy is charged at the device's power for all of T_up, whatever the power rule makes of it; the
 fade of the upload is that at which a device decides to take part.
+
+Uncoded on bands of their own (``analog``), T_up = d_k / b_k at equal bands b_k and SNR_k = a_k |h_k|^2 / b_k:
+noise comes with the numbers (``analog.py``), and nobody is silent or lost.
 """
 
 from __future__ import annotations
@@ -60,7 +63,7 @@ class Airtime:
     error: Doubles  # chance that the packet is lost; over the air, that a device is silent
     compute_j: Doubles
     power_w: Doubles  # transmitted
-    snr: Doubles = field(default_factory=lambda: np.zeros(0))  # a symbol, faded; over the air alone
+    snr: Doubles = field(default_factory=lambda: np.zeros(0))  # a symbol, faded; of uncoded links alone
     mean_snr: Doubles = field(default_factory=lambda: np.zeros(0))
 
     def energy_j(self, ending: Ending, steps: int) -> Doubles:
@@ -130,8 +133,8 @@ def share(
     With ``places``, each gets an equal share of that many instead. ``draw`` decides on lost packets and, over
     the air, on fades.
     """
-    if config.wireless.transport == "air":
-        return _together(config, fleet, view, state, load, draw)
+    if config.wireless.transport != "ofdma":
+        return _uncoded(config, fleet, view, state, load, draw)
     fixed_s, band_hz, link = state.fixed_s.astype(np.float64), state.band_hz, fleet.link
     if places:
         got_hz = np.full(len(state), band_hz / places)
@@ -184,20 +187,22 @@ def share(
     )
 
 
-def _together(
+def _uncoded(
     config: RunConfig, fleet: Fleet, view: View, state: RoundState, load: Load, draw: np.random.Generator
 ) -> Airtime:
-    """Return what becomes of devices that send at once."""
-    wireless, band_hz = config.wireless, state.band_hz
+    """Return what becomes of devices that send numbers as they are, at once or each on its own band."""
+    wireless, alone = config.wireless, config.wireless.transport == "analog"
+    band_hz = state.band_hz / max(len(state), 1) if alone else state.band_hz
     mean_snr = _unfaded_hz(config, fleet, view) / band_hz
     faded = wireless.fading == "block" and isinstance(fleet.links, Radio)
     snr = view.gain_hz.astype(np.float64) / band_hz
     if not faded:
         snr = mean_snr * block_fading(len(state), draw)
-    sends = heard(wireless, snr, mean_snr)
+    sends = snr > 0.0 if alone else heard(wireless, snr, mean_snr)
     bits_up = each(load.bits_up, view.ids).astype(np.float64)
-    up_s = airtime_s(1, band_hz) * bits_up.max(initial=0.0) / ENTRY_BITS
-    silent = 1.0 - participation(wireless.air_threshold) if wireless.air == "truncated" else 0.0
+    up_s = airtime_s(1, band_hz) * (bits_up if alone else bits_up.max(initial=0.0)) / ENTRY_BITS
+    quiet = wireless.air == "truncated" and not alone
+    silent = 1.0 - participation(wireless.air_threshold) if quiet else 0.0
     return Airtime(
         ids=view.ids,
         download_s=view.down_s.astype(np.float64),

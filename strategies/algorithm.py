@@ -12,7 +12,7 @@ a round is ``train.local-steps`` steps. Both families have the same five methods
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -61,6 +61,8 @@ class Algorithm:
     ] = ()  # array attributes that a resumed run needs, beside the models
 
     limits: NDArray[np.int64] | None = None  # (N,) largest rank that a device's memory allows; None: any
+    absent: frozenset[int] = frozenset()  # who takes no part any more
+    coins: Callable[[int], NDArray[np.bool_]] | None = None  # (N,) who takes part in a step, by chance
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -73,10 +75,14 @@ class Algorithm:
     def cohort(self, number: int) -> list[int]:
         """Return the devices of step ``number`` (1-based), in ascending order; all of them by default."""
         wanted = self.config.train.cohort
-        if not 0 < wanted < len(self.devices):
-            return list(self.devices)
+        here = ~np.isin(self._ids, list(self.absent)) if self.absent else np.ones(len(self._ids), bool)
+        if self.coins is not None:
+            return self._ids[here & self.coins(number)].tolist()
+        ids = self._ids[here]
+        if not 0 < wanted < len(ids):
+            return ids.tolist()
         draw = rng(self.config.seed, "cohort", number)
-        return sorted(draw.choice(self._ids, wanted, replace=False).tolist())
+        return sorted(draw.choice(ids, wanted, replace=False).tolist())
 
     def rows(self, cohort: Sequence[int]) -> list[int]:
         """Return, for each device, the row of ``models()`` that it starts from."""

@@ -29,6 +29,7 @@ from fedlam_app.base.records import (
     EvaluateReport,
     ModulesOrder,
     Report,
+    SecureOrder,
     SplitOrder,
     SplitReport,
     TrainOrder,
@@ -44,7 +45,9 @@ from strategies.sites import Sites, exchange, wait_for_nodes
 OWNERS = 10  # devices with a part of their own that an evaluation scores, the first ones
 
 R = TypeVar("R", bound=Report)
-Packed = Sequence[tuple[int, TrainOrder | SplitOrder | ModulesOrder]]  # (SuperNode, what it shall do)
+Packed = Sequence[  # (SuperNode, what it shall do)
+    tuple[int, TrainOrder | SplitOrder | ModulesOrder | SecureOrder]
+]
 
 
 @dataclass
@@ -85,6 +88,7 @@ class Federation(Strategy):
         self.withheld = algorithm.config.privacy.withholds  # no loss leaves a device
         self.ledgers: dict[int, str] = {}  # each device's privacy ledger, as it last said
         self.refused: set[int] = set()  # whose budget was spent when they were asked last
+        self.hands.reception.tells(self.ledgers, self.failed)
         self._complete = False  # whether all SuperNodes that are expected have been there
         self._orders: Packed = []
         self._take: Callable[[Message], None] = lambda message: None
@@ -149,7 +153,7 @@ class Federation(Strategy):
 
     def keep_books(self, number: int, report: TrainReport | SplitReport) -> None:
         """Keep what a report says of privacy: the devices' ledgers, and who could not take part any more."""
-        self.ledgers |= dict(zip(report.devices, report.ledgers, strict=False))
+        self.ledgers |= {k: t for k, t in zip(report.devices, report.ledgers, strict=False) if t}
         self.refused |= set(report.refused)
         for k in report.refused:
             self.failed(f"round {number}: device {k} did nothing: its privacy budget is spent")

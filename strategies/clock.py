@@ -46,7 +46,7 @@ class Paced(Drawn):
     def end(self) -> float:
         """Return the virtual time at which the next step ends."""
         waits = [self.times[device] for device in self.algorithm.cohort(self.taken + 1)]
-        return self.now + (sum(waits) if self.algorithm.sequential else max(waits))
+        return self.now + (sum(waits) if self.algorithm.sequential else max(waits, default=0.0))
 
     def state(self) -> Arrays:
         return {"fleet.now": np.array(self.now), "fleet.taken": np.array(self.taken)}

@@ -71,7 +71,7 @@ class Concurrent(Wireless):
         outcome = Outcome(
             number=back.number,
             ids=jobs["id"],
-            arrived=jobs["arrives"] & ~np.isnan(loss),
+            arrived=jobs["arrives"] & ~(np.isnan(loss) & np.isnan(norm)),
             time_s=jobs["finish_s"] - jobs["began_s"],
             energy_j=jobs["energy_j"],
             loss=loss,
@@ -117,12 +117,14 @@ class Concurrent(Wireless):
             now = max(now, float(self.work["finish_s"][first]))
             back = np.append(back, self.work[first])
             self.work = np.delete(self.work, first)
-        came = np.sort(back[back["arrives"]], order="id")
+        came = np.sort(back[back["arrives"] | self.all_work], order="id")
         turn = Turn(
             ids=came["id"].tolist(),
             steps=[self.steps] * len(came),
             factors=came["factor"].tolist(),
             versions=came["version"].tolist(),
+            number=number,
+            lost=came["id"][~came["arrives"]].tolist(),
         )
         return Back(number, back, turn, now)
 

@@ -2,8 +2,9 @@
 
 A frozen embedding module gives a sample the same tokens for ever, so they go up once. What is kept is what
 came over the wire, sample by sample in the wire's own format (so int8 stays int8 in memory); it is decoded
-for a pass. The server is the authority on what it has: a device that comes back after a fault is asked for
-what lacks, and for nothing else.
+for a pass, and ``lift`` makes tokens of the backbone's width of it where something else crosses: ids, or
+vectors in a public projection. The server is the authority on what it has: a device that comes back after a
+fault is asked for what lacks, and for nothing else.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ class Embeddings:
         width: int,
         selection: str,
         longest: int,
-        table: Callable[[NDArray[np.int64]], NDArray[Any]] | None,
+        lift: Callable[[NDArray[Any]], NDArray[Any]] | None,
     ) -> None:
         self.form, self.width, self.selection = form, width, selection
         self.longest = longest  # tokens of a sample; the backbone has no positions for more
-        self.table = table  # token ids (N,) to vectors (N, D), where the wire carries ids
+        self.lift = lift  # rows as they came (N, d) to tokens (N, D); None: they are tokens
         self.samples: dict[tuple[int, int], Sample] = {}
 
     def lacking(self, device: int, ids: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -65,8 +66,8 @@ class Embeddings:
         rows = self._decode(up.embeddings, int(lengths.sum()))
         if not np.isfinite(rows).all():
             raise ValueError("its embeddings are not finite")
-        if self.table is not None:
-            self.table(rows[:, 0].astype(np.int64))  # an id that is none is refused here
+        if self.lift is not None:
+            self.lift(rows)  # an id that is none is refused here
         parts = np.split(rows, np.cumsum(lengths)[:-1])
         for i, part, length, tail in zip(ids.tolist(), parts, lengths.tolist(), tails.tolist(), strict=True):
             self.samples[device, i] = Sample(self._encode(part), length, tail)
@@ -75,8 +76,8 @@ class Embeddings:
         """Return samples (device, id) as one batch, on the device and in the precision of ``like``."""
         chosen = [self.samples[key] for key in wanted]
         values = [self._decode(s.data, s.length) for s in chosen]
-        if self.table is not None:
-            values = [self.table(ids[:, 0].astype(np.int64)) for ids in values]
+        if self.lift is not None:
+            values = [self.lift(rows) for rows in values]
         lengths = torch.tensor([s.length for s in chosen])
         ends = lengths.cumsum(0)
         rows = {

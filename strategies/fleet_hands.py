@@ -11,11 +11,14 @@ from fedlam_app.config import RunConfig
 from fedlam_app.models.split import SplitModel
 from fedlam_app.tasks.base import Task
 from strategies.algorithm import Algorithm
+from strategies.analog import receiver
 from strategies.concurrent import Concurrent
+from strategies.device_dp import DeviceDp
 from strategies.hands import Hands
 from strategies.loads import Doubles, WholeLoad, passes
 from strategies.memory_gate import gate
 from strategies.over_air import OverAir
+from strategies.private_air import PrivateAir
 from strategies.reception import Straight, Summed
 from strategies.split_meter import SplitMeter, Unmetered
 from strategies.versions import Newest, Versions
@@ -37,14 +40,19 @@ def on_air(
     cost, ram = task.cost(), participation.fleet.devices.ram
     participation.able, algorithm.limits = gate(config, cost, model, algorithm, ram)
     reception = Straight(algorithm)
-    if config.wireless.transport == "air":
+    if config.privacy.mechanism == "client":
+        over_air = config.wireless.transport == "air"
+        reception = (PrivateAir if over_air else DeviceDp)(algorithm)
+    elif config.wireless.transport == "air":
         reception = OverAir(algorithm, config.wireless, config.seed)
     elif algorithm.linear and participation.policy.unbiased and not split:
         reception = Summed(algorithm)
+    versions = Versions(algorithm) if concurrent else Newest(algorithm)
     return Hands(
         participation,
-        Versions(algorithm) if concurrent else Newest(algorithm),
+        versions,
         reception,
         SplitMeter(config, cost, task.selection, model, examples) if split else Unmetered(),
         None if split else WholeLoad(config, cost, model, examples),
+        receiver(config, algorithm, versions),
     )

@@ -28,12 +28,15 @@ from fedlam_app.base.split_payload import (
 from fedlam_app.base.wire import FORMATS
 from fedlam_app.config import RunConfig
 from fedlam_app.models.backbones import POSITIONS
+from fedlam_app.models.pooled import PooledEmbedding
 from fedlam_app.models.split import SplitModel, Tokens
 from fedlam_app.tasks.base import Task
+from strategies.analog import Wired
 from strategies.embeddings import Embeddings
 
 LARGEST_JACOBIAN = 1e12  # far above any true one; what backward makes of it stays finite in float32
 Ids = NDArray[np.int64]
+Rows = NDArray[Any]  # (R_k, D)
 Seen = dict[tuple[int, int], NDArray[Any]]  # by (device, sample)
 
 
@@ -72,15 +75,20 @@ class Answer:
 class Link:
     """All devices' links of one experiment."""
 
-    def __init__(self, config: RunConfig, task: Task, model: SplitModel) -> None:
-        self.config, self.task = config, task
+    def __init__(
+        self, config: RunConfig, task: Task, model: SplitModel, receiver: Wired | None = None
+    ) -> None:
+        self.config, self.task, self.receiver = config, task, receiver or Wired()
         self.width = int(model.backbone.width)  # type: ignore[arg-type]
         self._like = next(model.backbone.parameters())
         self._embedding_trains = any(p.requires_grad for p in model.embedding.parameters())
-        table = partial(_look_up, model) if config.wire.embedding == "token-ids" else None
+        lift = partial(_look_up, model) if config.wire.embedding == "token-ids" else None
         # A text has as many positions as the backbone keeps for it; channels have fewer than its default.
         longest = POSITIONS if task.selection == "all" else config.text.max_tokens
-        self._embeddings = Embeddings(config.wire.embedding, self.width, task.selection, longest, table)
+        if isinstance(model.embedding, PooledEmbedding):
+            lift, longest = partial(_lifted, model.embedding), 1
+        form, crossing = config.wire.embedding, model.crossing
+        self._embeddings = Embeddings(form, crossing, task.selection, longest, lift)
         self._fresh: dict[int, tuple[int, Ids]] = {}  # batches that came for one step only
         self._seen: Seen = {}  # representations as devices last decoded them
 
@@ -180,6 +188,15 @@ class Link:
         """Return dL/dE (N_k, D) as bytes."""
         return FORMATS[self.config.wire.representation].encode(rows)
 
+    def answer(self, errand: Errand, device: int, up: Uplink, weight: float, loss: float) -> Answer:
+        """Return what a device answered to what it was shown; ``ValueError`` where that cannot be."""
+        if not 0.0 < weight < float("inf"):
+            raise ValueError(f"its weight must be a positive number, got {weight}")
+        if not -float("inf") < loss < float("inf"):
+            raise ValueError(f"its loss must be a finite number, got {loss}")
+        rows = self.jacobians(device, errand.shown, up, errand.rows)
+        return Answer(self.receiver.rows(device, errand.shown, rows), weight, loss)
+
     def jacobians(self, device: int, step: int, up: Uplink, rows: int) -> NDArray[Any]:
         """Return a device's Jacobians (R_k, D); ``ValueError`` where they are not what was asked for."""
         wire = self.config.wire
@@ -203,9 +220,15 @@ class Link:
         return self.trains(step) or not self.config.split.cache
 
 
-def _look_up(model: SplitModel, ids: Ids) -> NDArray[Any]:
-    """Return the vectors of token ids (N, D), by the embedding's own frozen table."""
-    table = model.embedding.table
+def _lifted(embedding: PooledEmbedding, rows: NDArray[Any]) -> NDArray[Any]:
+    """Return released vectors (N, d) as tokens (N, D), by the public projection."""
+    with torch.no_grad():
+        return np.asarray(embedding.lift(torch.from_numpy(rows).to(embedding.directions)).cpu().numpy())
+
+
+def _look_up(model: SplitModel, rows: NDArray[Any]) -> NDArray[Any]:
+    """Return the vectors of token ids (N, 1) as (N, D), by the embedding's own frozen table."""
+    table, ids = model.embedding.table, rows[:, 0].astype(np.int64)
     if ids.max(initial=0) >= len(table.weight):  # type: ignore[union-attr,arg-type]
         raise ValueError(f"token {ids.max()} is not in a vocabulary of {len(table.weight)}")  # type: ignore
     return np.asarray(table(torch.from_numpy(ids)).detach().cpu().numpy())  # type: ignore[operator]

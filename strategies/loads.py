@@ -60,21 +60,36 @@ class WholeLoad:
 
 
 def split_load(
-    config: RunConfig, cost: Cost, width: int, examples: Doubles, fresh: Doubles, wanted: int, modules: int
+    config: RunConfig,
+    cost: Cost,
+    width: int,
+    examples: Doubles,
+    fresh: Doubles,
+    wanted: int,
+    modules: int,
+    crossing: int = 0,
 ) -> Load:
     """Return the load of a step in gradient space.
 
     ``fresh`` (N,) is the expected share of a device's batch whose embeddings the server lacks, ``wanted`` how
-    many devices share the edge server, ``modules`` the bytes of averaged modules a step.
+    many devices share the edge server, ``modules`` the bytes of averaged modules a step, ``crossing`` the
+    numbers of a token at the first cut where that is not ``width``.
     """
     samples = samples_a_step(config, examples)
-    rows, tokens = cost.elements_representation / width, cost.elements_embedding / width
+    crossing = crossing or width
+    rows, tokens = cost.elements_representation / width, cost.elements_embedding / crossing
     wire = config.wire
 
     def up(rows: float, tokens: float, samples: float) -> float:
         """Bits of one payload; the formats' sizes are sums over rows, so that means may be put in."""
         sent = uplink_bytes(
-            wire, width, rows=round(rows), tokens=round(tokens), samples=round(samples), messages=0
+            wire,
+            width,
+            rows=round(rows),
+            tokens=round(tokens),
+            samples=round(samples),
+            crossing=crossing,
+            messages=0,
         )
         return 8.0 * sent
 
@@ -101,6 +116,8 @@ def split_load(
 def passes(config: RunConfig) -> float:
     """Return the work of a training step over that of a forward pass."""
     whole = config.model.tuning == "full" or config.fleet.flops_per_sample > 0.0
+    if config.model.tuning == "none":
+        return 1.0
     return 3.0 if whole else 2.0
 
 

@@ -8,9 +8,9 @@ for anybody. ``wireless.py`` is the fleet, ``concurrent.py`` the fleet in which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,17 +25,32 @@ Poll = Callable[[Sequence[int]], Mapping[int, float]]  # asks devices for their 
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """The devices whose work is worth running: those whose results will be in."""
+    """The devices whose work is worth running: those whose results will be in.
+
+    And those that work for nothing where that has a price: what has left a device has cost it privacy, though
+    the packet is lost.
+    """
 
     ids: list[int]  # ascending
     steps: list[int]  # local steps of each
     factors: list[float]  # what each one's weight is multiplied by
     base: float = 0.0  # what the sum of weights would be, were everyone there; 0: divide by the sum itself
     versions: list[int] = field(default_factory=list)  # the step whose model each began with; empty: this one
-    snr: list[float] = field(default_factory=list)  # a symbol, faded; over the air alone
+    snr: list[float] = field(default_factory=list)  # a symbol, faded; of uncoded links alone
     mean_snr: list[float] = field(default_factory=list)
+    number: int = 0  # of the turn; 0: not said
+    error: list[float] = field(default_factory=list)  # chance that its packet is lost; in a fleet alone
+    lost: list[int] = field(default_factory=list)  # those of ``ids`` whose results will not be in
+    receiver: list[float] = field(default_factory=list)  # std of the receiver's noise, over the clip
     noise: list[float] = field(default_factory=list)  # what each one's noise multiplier is multiplied by
     free: list[float] = field(default_factory=list)  # what of it the channel adds by itself, at worst
+
+    def only(self, places: Sequence[int]) -> Turn:
+        """Return the turn of the devices at these places alone."""
+        own = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "lost"}
+        lists = {name: value for name, value in own.items() if isinstance(value, list) and value}
+        kept: Any = {name: [value[p] for p in places] for name, value in lists.items()}
+        return replace(self, **kept, lost=[k for k in self.lost if k in kept["ids"]])
 
     def privacy(self, devices: Sequence[int]) -> tuple[list[float], list[float]]:
         """Return ``noise`` and ``free`` of some devices, of this turn or not; empty where nothing is said."""
@@ -89,6 +104,15 @@ class Participation:
         """Return the versions of the model that devices are at work on, beside the newest."""
         return set()
 
+    @property
+    def deserted(self) -> bool:
+        """Whether nobody is left who could take part."""
+        return False
+
+    def leave(self, devices: Collection[int]) -> None:
+        """Choose these no more, and whoever else there is."""
+        raise NotImplementedError
+
     def seconds(self) -> float:
         """Return the virtual time so far."""
         raise NotImplementedError
@@ -116,6 +140,13 @@ class Drawn(Participation):
     def turn(self, number: int, load: Loads, poll: Poll | None) -> Turn:
         ids = self.algorithm.cohort(number)
         return Turn(ids=ids, steps=[self.steps] * len(ids), factors=[1.0] * len(ids))
+
+    @property
+    def deserted(self) -> bool:
+        return len(self.algorithm.absent) == len(self.algorithm.devices)
+
+    def leave(self, devices: Collection[int]) -> None:
+        self.algorithm.absent = frozenset(devices)
 
     def seconds(self) -> float:
         return 0.0

@@ -12,6 +12,7 @@ other rules do not average: they get the weights a_k alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,9 +29,23 @@ class Straight:
     """The rule takes each result as it is."""
 
     apart: ClassVar[bool] = False  # needs each result, and not only their sum
+    private: ClassVar[bool] = False  # single results are nobody else's business
 
     def __init__(self, algorithm: Algorithm) -> None:
         self.algorithm = algorithm
+        self.gone: set[int] = set()  # who takes no part any more (``device_dp.py``)
+
+    @property
+    def alone(self) -> bool:
+        """Whether a step is taken even if nobody comes."""
+        return False
+
+    def tells(self, books: dict[int, str], failed: Callable[[str], None]) -> None:
+        """Put privacy ledgers into ``books``, and failures into ``failed``, from now on."""
+
+    def admitted(self, turn: Turn, number: int) -> Turn:
+        """Return the part of a turn that may work."""
+        return turn
 
     def begin(self, turn: Turn) -> None:
         """Open a turn."""
@@ -45,6 +60,17 @@ class Straight:
 
     def end(self, number: int) -> None:
         """Close the turn, before the rule steps."""
+
+    def summary(self) -> dict[str, float]:
+        """Return what the run's log says of it."""
+        return {}
+
+    def state(self) -> dict[str, NDArray[np.generic]]:
+        """Return the arrays that a resumed run continues from; every name begins with ``privacy.``."""
+        return {}
+
+    def load(self, state: dict[str, NDArray[np.generic]]) -> None:
+        """Continue from :meth:`state`, and take what was its out of ``state``."""
 
 
 class Summed(Straight):

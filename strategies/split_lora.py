@@ -42,7 +42,7 @@ from strategies.algorithm import Algorithm
 from strategies.base import OWNERS, Cost, Federation, Grid
 from strategies.hands import Hands
 from strategies.large_model import LargeModel
-from strategies.link import Answer, Errand, Link
+from strategies.link import Answer, Errand, Ids, Link, Rows
 from strategies.modules import Modules
 from strategies.participation import Turn
 
@@ -66,7 +66,7 @@ class SplitFederation(Federation):
         super().__init__(algorithm, cell, devices, config.federation, hands)
         self.config = config
         self.large = LargeModel(model, split)
-        self.link = Link(config, task, model)
+        self.link = Link(config, task, model, self.hands.receiver)
         self.modules = Modules(model, split.heads == "averaged")
         self.known: dict[int, int] = {}  # version of each device's memory that its last word made
         self.graded: dict[int, Errand] = {}  # gradients of embeddings, on their way down
@@ -79,7 +79,7 @@ class SplitFederation(Federation):
             self._step(grid, step)
         if self.graded:
             self._exchange(grid, number * steps, self.graded)
-        if self._weight == 0.0 and self._asked and not self.refused:
+        if self._weight == 0.0 and self._asked and not (self.refused or self.hands.reception.alone):
             why = "; ".join(dict.fromkeys(self.cost.failures)) or "every device vanished"
             raise RuntimeError(f"no device finished round {number}: {why}")
         if self.modules.averaged and number % self.config.split.average_every == 0:
@@ -93,10 +93,10 @@ class SplitFederation(Federation):
     def _step(self, grid: Grid, step: int) -> None:
         """Take one server step: gather what lacks, show, collect Jacobians, fold."""
         self.turn = self._turn(step)
-        self._asked += len(self.turn.ids)
         self.heard = self.hands.begin(self.turn)
         self.rows = dict(zip(self.turn.ids, self.hands.versions.rows(self.turn), strict=True))
-        cohort = [k for k in self.turn.ids if self.link.has_batch(k, step)]
+        cohort = self._cohort(step)
+        self._asked += len(cohort)
         errands = self.graded | {}
         for k in cohort:
             if (missing := self.link.lacks(k, step)) is not None:
@@ -108,7 +108,7 @@ class SplitFederation(Federation):
         for group in groups:
             if group:
                 self._pass(grid, step, group, self._ahead(step) if group is groups[-1] else {})
-        self.hands.reception.end(step)
+        self._close(step)
         self.algorithm.step()
         self.hands.settle(self.heard)
         self.link.forget(step)
@@ -116,10 +116,18 @@ class SplitFederation(Federation):
     def _turn(self, step: int) -> Turn:
         """Return who takes part in a step."""
         cached = self.link.caches(step)
-        return self.hands.participation.turn(step, lambda: self.hands.meter.load(cached), None)
+        return self.hands.turn(step, lambda: self.hands.meter.load(cached), None)
+
+    def _cohort(self, step: int) -> list[int]:
+        """Return who has anything to do in a step."""
+        return [k for k in self.turn.ids if self.link.has_batch(k, step)]
+
+    def _close(self, step: int) -> None:
+        """End a step's folds, before the rule steps."""
+        self.hands.reception.end(step)
 
     def _pass(self, grid: Grid, step: int, group: list[int], ahead: dict[int, Errand]) -> None:
-        """Run the backbone forward for a group of devices, exchange, run it backward, and fold."""
+        """Run the backbone forward for a group of devices, exchange, and learn from what came back."""
         ids = [self.link.ids(k, step) for k in group]
         ends = np.cumsum([len(own) for own in ids])[:-1]  # where each device's samples end
         tokens = self.link.tokens([(k, i) for k, own in zip(group, ids, strict=True) for i in own.tolist()])
@@ -132,35 +140,34 @@ class SplitFederation(Federation):
         errands, seen = dict(ahead), {}
         for k, part, own, each in zip(group, parts, ids, counts, strict=True):
             data, seen[k] = self.link.coded(k, part, own, each)
-            next_one = ahead.get(k, Errand())
-            errands[k] = Errand(
-                shown=step,
-                representations=data,
-                rows=len(part),
-                wanted=next_one.wanted,
-                missing=next_one.missing,
-            )
+            ask = ahead.get(k, Errand())
+            errands[k] = replace(ask, shown=step, representations=data, rows=len(part))
         answers = self._exchange(grid, step, errands)
         jacobians = [
             answers[k].jacobians if k in answers else np.zeros_like(part)
             for k, part in zip(group, parts, strict=True)
         ]
+        for k, answer in answers.items():  # in the order of the devices
+            self.link.saw(seen[k])
+            if not self.withheld:
+                self.heard.loss[k] = answer.loss
+            self.modules.worked(k, answer.weight)
+            self._loss += answer.weight * answer.loss
+            self._weight += answer.weight
+        lengths = [own.sum() for own in np.split(tokens.lengths.cpu().numpy(), ends)]
+        self._learn(step, group, jacobians, answers, np.cumsum(lengths)[:-1])
+
+    def _learn(
+        self, step: int, group: list[int], jacobians: list[Rows], answers: dict[int, Answer], ends: Ids
+    ) -> None:
+        """Run the backbone backward, and fold every device's gradient; ``ends``: of the devices' tokens."""
         gradients, into_tokens = self.large.backward(np.concatenate(jacobians), self.link.trains(step))
         self.cost.server_cpu_s += self.large.spent_s()
-        lengths = [own.sum() for own in np.split(tokens.lengths.cpu().numpy(), ends)]
-        ends = np.cumsum(lengths)[:-1]  # where each device's tokens end
         into = [] if into_tokens is None else np.split(into_tokens, ends)
         for place, (k, gradient) in enumerate(zip(group, gradients, strict=True)):
             if k in answers:
-                answer = answers[k]
-                self.link.saw(seen[k])
-                self.hands.fold(self.turn, k, gradient, answer.weight)
+                self.hands.fold(self.turn, k, gradient, answers[k].weight)
                 self.heard.norm[k] = float(np.linalg.norm(gradient))
-                if not self.withheld:
-                    self.heard.loss[k] = answer.loss
-                self.modules.worked(k, answer.weight)
-                self._loss += answer.weight * answer.loss
-                self._weight += answer.weight
                 if into:
                     sent, count = self.link.gradients(into[place]), len(into[place])
                     self.graded[k] = Errand(graded=step, gradients=sent, tokens=count)
@@ -231,13 +238,7 @@ class SplitFederation(Federation):
 
     def _read(self, errand: Errand, device: int, up: Uplink, weight: float, loss: float) -> Answer | None:
         """Take in what a device sent; ``ValueError`` where it is not what was asked for."""
-        answer = None
-        if errand.shown:
-            if not 0.0 < weight < float("inf"):
-                raise ValueError(f"its weight must be a positive number, got {weight}")
-            if not -float("inf") < loss < float("inf"):
-                raise ValueError(f"its loss must be a finite number, got {loss}")
-            answer = Answer(self.link.jacobians(device, errand.shown, up, errand.rows), weight, loss)
+        answer = self.link.answer(errand, device, up, weight, loss) if errand.shown else None
         ids, lengths = self.link.keep(device, errand.wanted, up) if errand.wanted else (NOTHING, NOTHING)
         self.hands.meter.came_up(device, errand.rows, ids, lengths, keep=self.link.caches(errand.wanted))
         return answer

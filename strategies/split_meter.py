@@ -64,7 +64,7 @@ class SplitMeter(Unmetered):
     ) -> None:
         """``cost`` and ``selection`` are the task's, ``examples`` (N,) the devices' own."""
         self.config, self.width = config, int(model.backbone.width)  # type: ignore[arg-type]
-        self.cost, self.tails = cost, selection == "tail"
+        self.cost, self.tails, self.crossing = cost, selection == "tail", model.crossing
         own = sum(p.numel() for p in model.device_side().values())
         modules = FLOAT_BYTES * own if config.split.heads == "averaged" else 0
         self.modules = modules / (config.split.average_every * config.train.local_steps)
@@ -80,7 +80,7 @@ class SplitMeter(Unmetered):
         batches = np.maximum(self.examples / samples_a_step(self.config, self.examples), 1.0)
         fresh = (1.0 - 1.0 / batches) ** self.worked if cached else np.ones(len(self.worked))
         args = self.config, self.cost, self.width, self.examples
-        return split_load(*args, fresh, takes_part(self.config), round(self.modules))
+        return split_load(*args, fresh, takes_part(self.config), round(self.modules), self.crossing)
 
     def went_down(self, device: int, rows: int, graded: int, modules: int) -> None:
         self._down(device, rows=rows, graded=graded, modules=modules)
@@ -102,6 +102,7 @@ class SplitMeter(Unmetered):
                 tokens=int(lengths[new].sum()),
                 samples=int(new.sum()),
                 tails=self.tails,
+                crossing=self.crossing,
                 messages=0,
             )
 

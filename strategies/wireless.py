@@ -15,6 +15,7 @@ configuration says otherwise (``fleet.flops-per-sample``, ``fleet.update-mb``).
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import asdict, astuple, dataclass, replace
 
 import numpy as np
@@ -32,6 +33,7 @@ from strategies.polling import Polled, polled
 from strategies.selection import POLICIES
 from strategies.selection.base import Outcome, RoundState
 
+CHARGED_AS_SENT = ("dp-sgd", "jacobian", "logit")
 IDLE_WAIT_S, LONGEST_WAIT_S = 60.0, 7 * 86400.0  # when nobody can be reached
 
 
@@ -87,6 +89,9 @@ class Wireless(Participation):
         self.forward = 1.0 / 3.0  # of a training step's work: a poll for the loss runs no backward pass
         self.policy.a_turn = self.wanted
         self.able: NDArray[np.bool_] | None = None  # (N,) whose memory holds the work; None: everyone's
+        self.left: frozenset[int] = frozenset()  # who takes no part any more
+        # Of these, what has left a device has cost it privacy, lost or not.
+        self.all_work = config.privacy.mechanism in CHARGED_AS_SENT
         self._pending: Pending | None = None
 
     # --- a turn -------------------------------------------------------------------------------------
@@ -107,7 +112,7 @@ class Wireless(Participation):
             round_s += IDLE_WAIT_S  # nobody could be in time: asking at once would change nothing
         energy_j = air.energy_j(ending, self.steps)
         loss, norm = heard.of(air.ids)
-        arrived = ending.arrived & ~np.isnan(loss)
+        arrived = ending.arrived & ~(np.isnan(loss) & np.isnan(norm))  # losses may be withheld
         outcome = Outcome(
             number=pending.number,
             ids=air.ids,
@@ -122,6 +127,15 @@ class Wireless(Participation):
         self.now += round_s
         self.fleet.spend(air.ids, energy_j)
         self._learn(outcome, trained=int((ending.arrived | ending.lost).sum()))
+
+    @property
+    def deserted(self) -> bool:
+        able = np.ones(len(self.examples), bool) if self.able is None else self.able.copy()
+        able[list(self.left)] = False
+        return not able.any()
+
+    def leave(self, devices: Collection[int]) -> None:
+        self.left = frozenset(devices)
 
     def seconds(self) -> float:
         return self.now
@@ -163,6 +177,8 @@ class Wireless(Participation):
         view = self.fleet.look(look or number, self.wanted, load)
         if self.able is not None:
             view = view.at(np.flatnonzero(self.able[view.ids]))
+        if self.left:
+            view = view.at(np.flatnonzero(~np.isin(view.ids, list(self.left))))
         seen = number, self.now, wanted, self.band_hz, self.link, view, load, self.history, self.examples
         return known(*seen, places), view
 
@@ -221,14 +237,17 @@ class Wireless(Participation):
         factors = self.steps / np.maximum(ending.steps, 1)
         if choice.weights is not None:
             factors = factors * choice.weights[order] / np.maximum(1.0 - air.error, 1e-6)
-        here = np.flatnonzero(ending.arrived)
+        here = np.flatnonzero(ending.arrived | (ending.lost & self.all_work))
         turn = Turn(
+            number=number,
             ids=air.ids[here].tolist(),
             steps=ending.steps[here].tolist(),
             factors=factors[here].tolist(),
             base=reachable / len(self.examples) if choice.weights is not None and self.by_examples else 0.0,
             snr=air.snr[here].tolist() if len(air.snr) else [],
             mean_snr=air.mean_snr[here].tolist() if len(air.snr) else [],
+            error=air.error[here].tolist(),
+            lost=air.ids[ending.lost].tolist() if self.all_work else [],
         )
         return Pending(number, turn, air, ending)
 

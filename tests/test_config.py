@@ -108,7 +108,8 @@ BAD: list[tuple[dict[str, Scalar], str]] = [
     ({"strategy": ""}, "'strategy' = '' is not allowed: it must be text that is not empty"),
     (
         {"model.tuning": "lorra"},
-        "'model.tuning' = 'lorra' is not allowed: it must be 'lora', 'ln' or 'full'; did you mean 'lora'?",
+        "'model.tuning' = 'lorra' is not allowed: it must be 'lora', 'ln', 'full' or 'none'; did"
+        " you mean 'lora'?",
     ),
     ({"data.scenario": "umo-nlos"}, "'data.scenario' = 'umo-nlos' is not allowed: it must be a comma list"),
     ({"data.scenario": "uma-nlos,uma-nlos"}, "'data.scenario' names uma-nlos twice"),
@@ -176,7 +177,7 @@ BAD: list[tuple[dict[str, Scalar], str]] = [
     ),
     (
         TEXT | {"text.source": "rotten-tomatos"},
-        "'text.source' = 'rotten-tomatos' is not allowed: it must be rotten-tomatoes, bbc-news,"
+        "'text.source' = 'rotten-tomatos' is not allowed: it must be rotten-tomatoes, imdb, bbc-news,"
         " hub:OWNER/NAME or an absolute path; did you mean 'rotten-tomatoes'?",
     ),
     (TEXT | {"text.source": "texts/mine.csv"}, "'text.source' = 'texts/mine.csv' is not allowed: it must be"),

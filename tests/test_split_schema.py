@@ -32,6 +32,7 @@ UPLINK = {
     "SplitReport": COMMON | PRIVACY | {"devices", "weights", "losses", "payload", "sizes"},
     "ModulesReport": COMMON | {"devices", "vectors"},
     "EvaluateReport": COMMON | {"rows", "chunks", "users", "table"},
+    "SecureReport": COMMON | {"devices", "complaints", "payload", "sizes"},
 }
 ARRAYS = {
     "TrainReport": {"vectors", "sums"},

@@ -1,7 +1,8 @@
 """What crosses the wire: typed messages, and the only codec between them and Flower's records.
 
-    server -> SuperNode   TrainOrder, SplitOrder, ModulesOrder, EvaluateOrder, SiteOrder
-    SuperNode -> server   TrainReport, SplitReport, ModulesReport, EvaluateReport, SiteReport
+    server -> SuperNode   TrainOrder, SplitOrder, ModulesOrder, EvaluateOrder, SiteOrder, SecureOrder,
+                          MaskedOrder
+    SuperNode -> server   TrainReport, SplitReport, ModulesReport, EvaluateReport, SiteReport, SecureReport
 
 A SuperNode is a worker and a device is an integer: one message carries the work of several devices,
 in slot order. NumPy arrays become one ``ArrayRecord``, everything else one ``ConfigRecord``. What belongs to
@@ -163,8 +164,49 @@ class SiteReport:
     device: int
 
 
-Order = TrainOrder | SplitOrder | ModulesOrder | EvaluateOrder
-Report = TrainReport | SplitReport | ModulesReport | EvaluateReport
+@dataclass(frozen=True, kw_only=True)
+class SecureOrder:
+    """A stage of secure aggregation without training; ``payload`` is as ``clients/secure.py`` says."""
+
+    cell: str
+    round: int
+    session: str  # one attempt at a round; no two have the same name
+    stage: str  # 'keys', 'shares' or 'open'
+    devices: list[int]
+    peers: list[int]  # whom each device shares masks with, one device after the other
+    counts: list[int]  # how many each has
+    standing: list[int]  # stages that each peer has finished: 1 keys, 2 shares, 3 its masked vector
+    payload: NDArray[np.uint8]  # (sum of sizes,)
+    sizes: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedOrder(TrainOrder):
+    """Train, and hand in a masked vector instead of one's own."""
+
+    session: str
+    peers: list[int]
+    counts: list[int]
+    standing: list[int]
+    keys: NDArray[np.uint8]  # (sum of counts * BUNDLE_BYTES,) the peers' public words
+    clip: float
+    summands: int  # vectors that the sum may have
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecureReport:
+    """The devices' answer to a stage; who is missing has vanished, or says why it did nothing."""
+
+    devices: list[int]
+    complaints: list[str]  # what a device would not do, one sentence each
+    cpu_s: float
+    peak_rss_bytes: int
+    payload: NDArray[np.uint8]  # (sum of sizes,)
+    sizes: list[int]
+
+
+Order = TrainOrder | SplitOrder | ModulesOrder | EvaluateOrder | SecureOrder
+Report = TrainReport | SplitReport | ModulesReport | EvaluateReport | SecureReport
 Record = Order | Report | SiteOrder | SiteReport
 R = TypeVar("R", bound=Record)
 

@@ -33,12 +33,14 @@ def uplink_bytes(
     tokens: int = 0,
     samples: int = 0,
     tails: bool = False,
+    crossing: int = 0,
     payloads: int = 1,
     messages: int = 1,
 ) -> int:
     """Return the bytes from devices to server: Jacobians of ``rows``, embeddings of ``samples``.
 
-    ``tokens`` is the number of tokens of all samples; ``tails``: the supervised rows of a sample vary.
+    ``tokens`` is the number of tokens of all samples; ``tails``: the supervised rows of a sample vary;
+    ``crossing`` are the numbers of a token where that is not ``width``.
     """
     if wire.jacobian == "top-k":
         jacobians = sparse.size(rows, width, wire.top_k)
@@ -47,7 +49,7 @@ def uplink_bytes(
     if wire.embedding == "token-ids":
         embeddings = TOKEN_ID * tokens
     else:
-        embeddings = FORMATS[wire.embedding].size(tokens, width)
+        embeddings = FORMATS[wire.embedding].size(tokens, crossing or width)
     lengths = LENGTH * samples * (2 if tails else 1)
     return ARRAY_HEAD * messages + _head(Uplink) * payloads + jacobians + embeddings + lengths
 

@@ -93,5 +93,9 @@ def version(shown: int, graded: int) -> int:
 
 
 def jacobian_draw(config: RunConfig, device: int, step: int) -> np.random.Generator | None:
-    """Return the draw that rounds a device's Jacobians, known to both ends; ``None``: to nearest."""
-    return rng(config.seed, "jacobian", device, step) if config.wire.stochastic else None
+    """Return the draw that rounds a device's Jacobians, known to both ends; ``None``: to nearest.
+
+    Under ``server-dp-sgd`` it is to nearest: of a batch with a sample less, each draw would fall on another.
+    """
+    alone = config.privacy.mechanism == "server-dp-sgd"
+    return rng(config.seed, "jacobian", device, step) if config.wire.stochastic and not alone else None

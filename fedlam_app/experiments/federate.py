@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from clients.adapter import torch_device
 from fedlam_app.base.registry import pick
@@ -19,7 +20,9 @@ from strategies import ALGORITHMS
 from strategies.adapter_round import AdapterFederation
 from strategies.algorithm import Algorithm
 from strategies.base import Federation
-from strategies.hands import Hands
+from strategies.hands import Hands, without_radio
+from strategies.noised import noised, says
+from strategies.secure_round import SecureFederation
 
 
 def federate(config: RunConfig, cell: str, task: Task, model: SplitModel) -> Federation:
@@ -36,16 +39,27 @@ def federate(config: RunConfig, cell: str, task: Task, model: SplitModel) -> Fed
         model = model.to(torch_device(config.device))
         torch.set_num_threads(config.federation.server_threads or os.cpu_count() or 1)
         algorithm.init(pack(model.server_side().values()), devices, layout_of(model.backbone, scale))
-    hands = _on_air(config, algorithm, task, model) if has_fleet(config) else None
+    hands = _on_air(config, algorithm, task, model) if has_fleet(config) else without_radio(algorithm)
+    if says(config):
+        examples, width = _examples(config, task), int(getattr(model.backbone, "width", 1))
+        own = hands.participation, config, algorithm.space, examples, width, hands.reception.summary
+        hands.participation = noised(*own)
     if algorithm.space == "adapter":
-        return AdapterFederation(algorithm, cell, devices, config.federation, hands)
-    from strategies.split_lora import SplitFederation
+        kind = SecureFederation if config.privacy.secure else AdapterFederation
+        return kind(algorithm, cell, devices, config.federation, hands)
+    if config.privacy.mechanism == "server-dp-sgd":
+        from strategies.server_dp import TrustedFederation as Split
+    else:
+        from strategies.split_lora import SplitFederation as Split  # type: ignore[assignment]
 
-    return SplitFederation(algorithm, cell, devices, config, task, model, hands)
+    return Split(algorithm, cell, devices, config, task, model, hands)
 
 
 def _on_air(config: RunConfig, algorithm: Algorithm, task: Task, model: SplitModel) -> Hands:
     from strategies.fleet_hands import on_air
 
-    examples = np.array([task.examples(k) for k in range(config.train.devices)], np.float64)
-    return on_air(config, algorithm, task, model, examples)
+    return on_air(config, algorithm, task, model, _examples(config, task))
+
+
+def _examples(config: RunConfig, task: Task) -> NDArray[np.float64]:
+    return np.array([task.examples(k) for k in range(config.train.devices)], np.float64)

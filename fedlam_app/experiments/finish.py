@@ -11,8 +11,8 @@ import numpy as np
 from fedlam_app.base.layout import Layout, expand, factors_at
 from fedlam_app.base.records import EvaluateOrder, cut
 from fedlam_app.base.registry import pick
-from fedlam_app.base.vectors import Vector, unpack
-from fedlam_app.config import RunConfig, parse, to_flat
+from fedlam_app.base.vectors import Vector, pack, unpack
+from fedlam_app.config import RunConfig, Scalar, parse, to_flat
 from fedlam_app.experiments.cells import Cell
 from fedlam_app.experiments.federate import federate
 from fedlam_app.experiments.report import write_report
@@ -48,11 +48,14 @@ def export_adapter(folder: RunFolder, config: RunConfig, cell: Cell) -> None:
     federation.load(state[0])
     scored = federation.evaluation_order([0], [], 0)
     # Blocks on the device or on the server: the same parameters in the same order (models/cut.py).
-    whole = parse({**to_flat(own), "split.device-blocks": 0})
+    once: dict[str, Scalar] = {"privacy.mechanism": "none"} if own.privacy.mechanism == "release-once" else {}
+    whole = parse({**to_flat(own), "split.device-blocks": 0, **once})
     model = pick(TASKS, own.task, "task")(whole).build_model()
     layout = layout_of(model, own.model.alpha / own.model.rank)
     vector, factors = _joined(scored, layout)
-    unpack(vector, model.trainable().values())
+    start = pack(model.trainable().values())
+    # Blocks that stood still on the device come first, and are as they started.
+    unpack(np.concatenate([start[: len(start) - len(vector)], vector]), model.trainable().values())
     export(
         model,
         folder.path / "adapter",

@@ -1,7 +1,8 @@
 """``report.html``: one file that needs no network, rebuilt at any time from the run's folder.
 
-Headline sentences, the final table with the strongest classical row marked and what loses to it, the
-plots (inline PNG), the resolved configuration, versions and machine.
+Headline sentences, the final table with the strongest classical row marked and what loses to it (or a
+sweep's table by its axes), what is promised of privacy, the plots (inline PNG), the resolved configuration,
+versions and machine.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fedlam_app.config import defaults
 from fedlam_app.experiments import fleet_table, track, views
 from fedlam_app.experiments.fleet_plots import fleet_figures
 from fedlam_app.experiments.plots import save, write_plots
+from fedlam_app.experiments.promises import promised
 from fedlam_app.experiments.summary import (
     Row,
     cells_of_row,
@@ -29,6 +31,8 @@ from fedlam_app.experiments.summary import (
     rows_of,
     strongest_classical,
 )
+from fedlam_app.experiments.sweep_plots import sweep_figures
+from fedlam_app.experiments.sweep_table import is_sweep, sentences, sweep_html
 from fedlam_app.experiments.track import RunFolder
 from fedlam_app.experiments.views import View
 
@@ -41,6 +45,8 @@ CAPTIONS = {
     " of what is not federated.",
     "seconds": "Held-out {noun} against the virtual time of the devices' clock. Dashed levels: the last"
     " {noun} of what runs without that clock.",
+    "sweep": "Final held-out {noun} at every point of the sweep, and how well an attack by loss tells members"
+    " from others. Bars: the standard deviation over seeds.",
     "servers": "Final held-out NMSE against the number of edge servers, each with its own shard.",
     "speed": "Final held-out NMSE against the users' speed.",
     "horizon": "Final held-out NMSE of each predicted slot.",
@@ -57,6 +63,7 @@ _FLEET_NOTE = (
     "Chosen = arrived + lost + late; trained = arrived + lost. Times to 90 % are seen at evaluations only."
     " Jain: 1 where every device took part as often."
 )
+_TITLES = {"compare": "strategies compared", "sweep": "a sweep"}
 _ON_ITS_WAY = "No cell has finished yet: what follows is a run on its way."
 
 
@@ -85,6 +92,7 @@ def write_report(folder: Path) -> Path:
     plots = write_plots(run.records, folder / PLOTS)
     on_air = RunFolder(folder), run.about.get("config", {}), run.records
     plots += save(lambda: fleet_figures(*on_air), folder / PLOTS)
+    plots = save(lambda: sweep_figures(run.records), folder / PLOTS) + plots
     path = folder / "report.html"
     with atomic_file(path) as temporary:
         temporary.write_text(page(run, plots), encoding="utf-8")
@@ -98,7 +106,9 @@ def page(run: Run, plots: Iterable[Path]) -> str:
     config = run.about.get("config", {})
     title = _title(config, view)
     none = f"No cell has a held-out {view.noun}." if rows else _ON_ITS_WAY
-    said = headlines(rows) or [none]
+    sweep = is_sweep(run.records)
+    said = (sentences(run.records) if sweep else headlines(rows)) or [none]
+    results = sweep_html(run.records) if sweep else _results(rows)
     figures = "".join(_figure(path, view) for path in plots)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -106,8 +116,8 @@ def page(run: Run, plots: Iterable[Path]) -> str:
 <title>{_(title)}</title><style>{_CSS}</style></head><body><main>
 <header><h1>{_(title)}</h1><p class="sub">{_(_subtitle(config, view))}</p></header>
 <section><ul class="said">{"".join(f"<li>{_(line)}</li>" for line in said)}</ul></section>
-<section><h2>Final results, {_(view.held_out.lower())}</h2>{_results(rows)}</section>
-{_fleet(run.records)}<section><h2>Figures</h2>{figures}</section>
+<section><h2>Final results, {_(view.held_out.lower())}</h2>{results}</section>
+{promised(run.path)}{_fleet(run.records)}<section><h2>Figures</h2>{figures}</section>
 <section><h2>Configuration</h2>{_configuration(config)}</section>
 <section><h2>Versions and machine</h2>{_about(run.about)}</section>
 </main></body></html>
@@ -115,8 +125,8 @@ def page(run: Run, plots: Iterable[Path]) -> str:
 
 
 def _title(config: Mapping[str, Any], view: View) -> str:
-    if config.get("job") == "compare":
-        return f"{view.title}: strategies compared"
+    if (job := str(config.get("job"))) in _TITLES:
+        return f"{view.title}: {_TITLES[job]}"
     if view is not views.CHANNELS:
         return view.title
     study = config.get("job") == "case-study"
@@ -125,14 +135,14 @@ def _title(config: Mapping[str, Any], view: View) -> str:
 
 def _subtitle(config: Mapping[str, Any], view: View) -> str:
     get, (data, source) = config.get, view.source
-    table = {"case-study": "case-study.seeds", "compare": "compare.seeds"}
+    table, over = {"case-study": "case-study.seeds", "compare": "compare.seeds"}, get("sweep.over")
     parts = [
         f"{get('data.scenario')} ({get('data.duplex')})" if get(source) == "sionna" else "",
         f"{data}: {get(source)}",
         f"backbone: {get('model.backbone')}, {get('model.tuning')}" if view.backbone else "",
         f"{get('train.devices')} devices" if get("job") == "compare" else "",
         f"{get('train.rounds')} rounds of {get('train.local-steps')} steps",
-        f"seeds: {get(table.get(str(get('job')), 'seed'))}",
+        f"seeds: {get(table.get(str(get('job')), 'seed'))}" if get("job") != "sweep" else f"over {over}",
     ]
     return " · ".join(part for part in parts if part)
 

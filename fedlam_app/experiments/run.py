@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedlam_app.base.registry import pick
 from fedlam_app.config import RunConfig, Scalar, parse
@@ -25,12 +26,14 @@ from fedlam_app.experiments.federate import federate
 from fedlam_app.experiments.progress import Progress
 from fedlam_app.experiments.track import RunFolder
 from fedlam_app.privacy.accounting import Ledger
+from fedlam_app.privacy.membership import loss_threshold
 from fedlam_app.privacy.statement import statement
 from fedlam_app.tasks import TASKS
 from fedlam_app.tasks.base import Task
 from strategies.base import Cost, Federation, Grid
 
 ALL_ANTENNAS = 0
+ATTACKED = ("text-classification", "mixture")  # tasks whose rows are samples, the loss first
 Say = Callable[[str], None]
 
 
@@ -148,13 +151,19 @@ class _Run:
         # All antennas give the spectral efficiency too; one model a device would make that dear.
         antennas = {"train": some, "test": ALL_ANTENNAS if last and models == 1 else some}
         scores: list[dict[str, Any]] = []
+        losses: list[list[NDArray[np.float64]]] = []  # of members, then of non-members, a model each
         for split, count in antennas.items():
             started = time.monotonic()
             tables = federation.evaluate(self.grid, self.task.chunks(split), count)
             self.totals.charge(federation.cost, time.monotonic() - started)
             scores = scores or [{} for _ in tables]
+            losses.append([table[:, 0] for table in tables])
             for score, table in zip(scores, tables, strict=True):
                 score.update(self.task.metrics(split, table))
+        if self.config.task in ATTACKED:
+            for score, members, others in zip(scores, *losses, strict=True):
+                attack = loss_threshold(members, others)
+                score.update({f"attack_{key}": value for key, value in asdict(attack).items()})
         if len(scores) == 1:
             return scores[0]
         keys = views.mean_keys(self.config.task)
@@ -163,7 +172,7 @@ class _Run:
     def _record(self, round: int, scores: Mapping[str, Any]) -> None:
         cell = self.cell
         record = {"key": cell.key, "cell": cell.name, "label": cell.label, "seed": cell.seed, "round": round}
-        record |= {"task": self.config.task}
+        record |= {"task": self.config.task} | ({"axes": cell.axes} if cell.axes else {})
         with self.lock:
             self.folder.append_metrics({**record, **scores, **asdict(self.totals)})
         said = views.line(self.config.task, scores)

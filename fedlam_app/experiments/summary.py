@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from fedlam_app.experiments import views
 from fedlam_app.experiments.lookup import federated, final_records, mean_of
 from fedlam_app.experiments.palette import FED
+from fedlam_app.experiments.sweep_table import is_sweep, sweep_table
 from fedlam_app.experiments.views import Column, Record, View, number
 
 if TYPE_CHECKING:
@@ -123,9 +124,14 @@ def cells_of_row(row: Row, columns: Sequence[Column]) -> list[str]:
 
 
 def final_table(records: Sequence[Record]) -> Table:
-    """Return the final results for a terminal: the strongest classical row is marked, and who loses to it."""
+    """Return the final results for a terminal: the strongest classical row is marked, and who loses to it.
+
+    A sweep has a table of its own, by its axes.
+    """
     from rich.table import Table
 
+    if is_sweep(records):
+        return sweep_table(records)
     rows = rows_of(records)
     classical, columns = strongest_classical(rows), columns_of(rows)
     seeds = max((row.seeds for row in rows), default=1)

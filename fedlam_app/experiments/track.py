@@ -9,7 +9,7 @@
 A record has at least ``cell`` (which experiment of the run, such as 'fed-10'), ``label`` (the same for
 people), ``seed``, ``key`` (cell and seed in one word) and ``round``; the last one of a key has ``kind =
 'final'``. A folder belongs to one configuration: another one is refused, so nothing that was saved is ever
-mixed or lost. No torch here.
+mixed or lost. A sweep alone may grow: into more values of its axes, with all else equal. No torch here.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from numpy.typing import NDArray
 from fedlam_app.base import machine
 from fedlam_app.base.store import atomic_file, write_json
 from fedlam_app.config import ConfigError, RunConfig, Scalar, identity, results_folder, to_flat
+from fedlam_app.experiments.cells import cells_of
 
 Metrics = dict[str, Any]
 
 CONFIG, METRICS, STATE = "config.json", "metrics.jsonl", "state"
 PRIVACY = "privacy"
+_OVER = "sweep.over"
 
 
 class RunFolder:
@@ -49,6 +51,10 @@ class RunFolder:
         path = results_folder(config)
         check(path, config)
         folder = cls(path)
+        if (path / CONFIG).is_file() and _grown(path, config):
+            about = folder.config()
+            saved = {**_saved_config(path), _OVER: config.sweep.over}
+            write_json(path / CONFIG, {**about, "config": saved})
         if not (path / CONFIG).is_file():
             write_json(
                 path / CONFIG,
@@ -155,11 +161,28 @@ def check(path: Path, config: RunConfig) -> None:
             f"'results' = '{path}' holds another run: its '{key}' is {saved.get(key)!r} and this one's is"
             f" {ours.get(key)!r} ({count} in all); name an empty folder, or resume it with its own keys"
         )
-    if not config.resume and read_metrics(path):
+    if not _grown(path, config) and not config.resume and read_metrics(path):
         raise ConfigError(
             f"'results' = '{path}' already holds this run's results; continue it with resume = true,"
             " or name an empty folder"
         )
+
+
+def _grown(path: Path, config: RunConfig) -> bool:
+    """Whether a sweep has cells that the one in ``path`` has not; ``ConfigError`` where it lacks one."""
+    over = str(_saved_config(path).get(_OVER, ""))
+    if config.job != "sweep" or over == config.sweep.over:
+        return False
+    before = config.model_copy(update={"sweep": config.sweep.model_copy(update={"over": over})})
+    ours = {cell.key for cell in cells_of(config)}
+    had = {cell.key: cell.label for cell in cells_of(before)}
+    lost = [label for key, label in had.items() if key not in ours]
+    if lost:
+        raise ConfigError(
+            f"'results' = '{path}' holds a sweep over '{over}', of which this one has no '{lost[0]}'"
+            f" ({len(lost)} in all); a sweep may grow there, or take an empty folder"
+        )
+    return len(ours) > len(had)
 
 
 def read_metrics(path: Path) -> list[Metrics]:

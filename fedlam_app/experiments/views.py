@@ -133,6 +133,7 @@ def _text_line(scores: Record) -> str:
     return f"training loss {loss}, {accuracy}" if loss else accuracy
 
 
+EPSILON = Column("epsilon", "spent ε", "spent ε", "", _fixed(".2f"), optional=True)  # the largest of a device
 CHANNELS = View(
     title="Channel prediction",
     held_out="Held-out users",
@@ -148,6 +149,7 @@ CHANNELS = View(
         Column("nmse_noisy_db", "noisy dB", "NMSE noisy", "dB", decibel),
         Column("nmse_per_user_db", "per user dB", "NMSE per user", "dB", decibel),
         Column("train_loss_db", "loss dB", "global loss", "dB", decibel),
+        EPSILON,
         Column("spectral_efficiency_bps_hz", "SE bit/s/Hz", "spectral eff.", "bit/s/Hz", _fixed(".2f")),
         Column("trainable_share", "trains %", "trains", "%", _fixed(".1f", 100)),
         Column("bytes_up", "up MB", "up", "MB", lambda value: plain(value / 1e6, ".1f") if value else ""),
@@ -165,6 +167,8 @@ CHANNELS = View(
 TEXT_COLUMNS = (
     Column("accuracy", "accuracy %", "accuracy", "%", _fixed(".1f", 100)),
     Column("loss", "loss", "loss", "nats", _fixed(".3f")),
+    EPSILON,
+    Column("attack_auc", "attack AUC", "attack AUC", "", _fixed(".3f"), optional=True),
     Column("perplexity", "perplexity", "perplexity", "", _fixed(",.1f"), optional=True),
     Column("trainable_share", "trains %", "trains", "%", _fixed(".2f", 100)),
     Column("bytes_up", "up MB", "up", "MB", _megabytes),

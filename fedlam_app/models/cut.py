@@ -40,7 +40,7 @@ class Front(nn.Module):
 class FrontEmbedding(nn.Module):
     """Device side: an embedding module, then the backbone's first blocks."""
 
-    def __init__(self, embedding: nn.Module, front: Front) -> None:
+    def __init__(self, embedding: nn.Module, front: nn.Module) -> None:
         super().__init__()
         self.embedding = embedding
         self.front = front

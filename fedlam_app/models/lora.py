@@ -1,4 +1,4 @@
-"""What trains inside a backbone: LoRA on its linear layers, the layer norms, or everything.
+"""What trains inside a backbone: LoRA on its linear layers, the layer norms, everything, or nothing.
 
 LoRA (Hu et al., ICLR 2022, arXiv:2106.09685): W x + (alpha / r) B A x with B = 0 at the start, so the
 adapted model starts as the pretrained one. Layers come from peft, so adapters load anywhere that
@@ -27,7 +27,7 @@ def tune(
     """Make part of a frozen backbone trainable, in place, and return it.
 
     ``method`` is 'lora' (rank ``rank``, scale ``alpha / rank``, ``on`` 'all' linear layers or on 'attention',
-    queries and values), 'ln' or 'full'. A backbone without parameters (``none``) is returned as it is.
+    queries and values), 'ln', 'full' or 'none'. A backbone without parameters is returned as it is.
     """
     if isinstance(backbone, Backbone):
         if method == "lora":
@@ -56,4 +56,8 @@ def _everything(backbone: Backbone) -> None:
     backbone.model.requires_grad_(True)
 
 
-METHODS = {"ln": _layer_norms, "full": _everything}
+def _nothing(backbone: Backbone) -> None:
+    backbone.model.requires_grad_(False)
+
+
+METHODS = {"ln": _layer_norms, "full": _everything, "none": _nothing}

@@ -82,6 +82,11 @@ class SplitModel(nn.Module):
         return self.head(self.backbone(tokens), side)
 
     @property
+    def crossing(self) -> int:
+        """Numbers that cross the first cut for one token: the backbone's width, or fewer if projected."""
+        return int(getattr(self.embedding, "dimensions", self.backbone.width))  # type: ignore[arg-type]
+
+    @property
     def device(self) -> torch.device:
         """Where the model lives: inputs go there."""
         return next(self.parameters()).device

@@ -53,12 +53,14 @@ class Classifier(nn.Module):
             torch.from_numpy(rng(seed, "head").standard_normal((width, classes)))
         )  # (D, C) orthonormal
         simplex = directions - directions.mean(1, keepdim=True)
-        self.weight = nn.Parameter((simplex / simplex.norm(dim=0)).T.float().contiguous())  # (C, D)
-        self.bias = nn.Parameter(torch.zeros(classes))
+        self.linear = nn.utils.skip_init(nn.Linear, width, classes)  # a layer that Opacus knows
+        with torch.no_grad():
+            self.linear.weight.copy_((simplex / simplex.norm(dim=0)).T)  # (C, D)
+            self.linear.bias.zero_()
 
     def forward(self, representations: Tensor, side: None) -> Tensor:
         """Map (R, D) to logits (R, C)."""
-        return nn.functional.linear(representations, self.weight, self.bias)
+        return self.linear(representations)
 
 
 class LanguageHead(nn.Module):

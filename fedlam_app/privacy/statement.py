@@ -68,12 +68,16 @@ def statement(config: RunConfig) -> Statement | None:
         if privacy.cohort == "poisson":
             sampling = "a secret coin a device and round; every round counts, at that rate"
         if privacy.secure:
-            adversary += "; of single updates the server learns nothing but their sum"
+            adversary += (
+                "; of single updates the server learns nothing but their sum, if it follows the protocol and"
+                " fewer devices help it than open a mask"
+            )
             trusted = "the server, to add the noise to the sum"
     if privacy.count_channel_noise:
         trusted += "; and the receiver's noise floor, which counts towards the noise"
     if privacy.randomness == "seed":
         uncovered.append("whoever knows the run's seed (privacy.randomness = 'device' closes this)")
+    owner = "server" if privacy.mechanism in ("client", "server-dp-sgd") else "device"
     return Statement(
         mechanism=privacy.mechanism,
         label=words["label"],
@@ -84,7 +88,7 @@ def statement(config: RunConfig) -> Statement | None:
         trusted=trusted,
         sampling=sampling,
         randomness="AES-256 keyed by "
-        + ("the run's seed" if privacy.randomness == "seed" else "a secret of the device's own"),
+        + ("the run's seed" if privacy.randomness == "seed" else f"a secret of the {owner}'s own"),
         epsilon=max(privacy.device_epsilons or [privacy.target_epsilon]),
         delta=privacy.delta,
         uncovered=tuple(uncovered),
@@ -133,7 +137,7 @@ _WORDS: dict[str, dict[str, Any]] = {
         "adversary": "whoever gets the LoRA adapter, and not the server",
         "trusted": "the server, which sees clear embeddings and Jacobians and adds the noise",
         "sampling": "Poisson, each sample by a coin that the trusted server throws",
-        "uncovered": (),
+        "uncovered": ("who is drawn for a batch, from whoever knows the run's seed",),
     },
     "jacobian": {
         "label": LABELS,

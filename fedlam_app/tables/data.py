@@ -56,8 +56,8 @@ class TextConfig(Table):
     """What the devices hold in the text tasks; ``data`` is about channels."""
 
     source: Annotated[str, Field(min_length=1)]
-    """``rotten-tomatoes``, ``bbc-news``, the absolute path of a .csv or .jsonl file or of a folder of them,
-    or ``hub:OWNER/NAME`` for a Hugging Face data set (needs the package ``datasets`` and the hub)."""
+    """``rotten-tomatoes``, ``imdb``, ``bbc-news``, the absolute path of a .csv or .jsonl file or of a folder
+    of them, or ``hub:OWNER/NAME`` for a Hugging Face data set (needs the package ``datasets`` and the hub)."""
     text_column: Annotated[str, Field(min_length=1)]
     """Column that holds the text (files and hub)."""
     label_column: Annotated[str, Field(min_length=1)]
@@ -111,8 +111,8 @@ class ModelConfig(Table):
     weights, ``none`` joins embedding and head directly. The small models have no backbone and ignore it."""
     blocks: Positive
     """Transformer blocks kept, from the first."""
-    tuning: Literal["lora", "ln", "full"]
-    """What trains inside the backbone: low-rank adapters, the layer norms, or everything."""
+    tuning: Literal["lora", "ln", "full", "none"]
+    """What trains inside the backbone: low-rank adapters, the layer norms, everything, or nothing."""
     lora_on: Literal["all", "attention"]
     """Which linears LoRA adapts: every one, or the queries and values of attention alone."""
     rank: Positive

@@ -94,3 +94,11 @@ class CompareConfig(Table):
         tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(split_integers), Field(min_length=1)
     ]
     """Seeds, comma-separated; every figure is a mean over them."""
+
+
+class SweepConfig(Table):
+    """The job ``sweep``: every combination of some values of some keys, in one warm run."""
+
+    over: str
+    """Axes, ``key=value,value``, separated by ``;``: an experiment for every combination. Within a value
+    ``|`` is the comma of a list; the axis ``seed`` repeats them all."""

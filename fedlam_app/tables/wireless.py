@@ -87,8 +87,9 @@ class WirelessConfig(Table):
     table."""
     loss: Literal["none", "rayleigh", "harq"]
     """Lost uploads: none; by a Rayleigh packet error rate; HARQ, which mends all but 0.1 %."""
-    transport: Literal["ofdma", "air"]
-    """How updates come in: each on a band of its own, or summed over the air (rules that average alone)."""
+    transport: Literal["ofdma", "air", "analog"]
+    """How updates come in: coded, each on a band of its own; summed over the air (rules that average alone);
+    or uncoded, as the numbers that they are, each on a band of its own, with the receiver's noise."""
     air: Literal["least-error", "truncated", "inversion"]
     """Power rule over the air: least mean squared error; inversion with silence in deep fades; inversion."""
     air_threshold: _AboveZero

@@ -61,6 +61,9 @@ class Task(Protocol):
     def loss(self, model: SplitModel, batch: Any) -> Tensor:
         """Return the scalar training loss of a batch."""
 
+    def losses(self, model: SplitModel, batch: Any) -> Tensor:
+        """Return the loss of each of a batch's samples (B,), none of which depends on another; as ``of``."""
+
     def examples(self, device: int) -> int:
         """Return how many training examples a device has: its weight in the mean."""
 

@@ -109,6 +109,11 @@ class ChannelPrediction:
     def of(self, device: int, ids: NDArray[np.int64]) -> tuple[Rows, Tensor]:
         raise ValueError("channel prediction draws its noise anew: no batch of it can be asked for by ids")
 
+    def losses(self, model: SplitModel, batch: tuple[Rows, Tensor]) -> Tensor:
+        raise ValueError(
+            "channel prediction has no samples that come again, and so none to protect one by one"
+        )
+
     def batch(self, device: int, round: int, step: int) -> tuple[Rows, Tensor]:
         """Draw users, antennas, SNR and noise of one local step, all keyed by (seed, device, round, step)."""
         draw = rng(self.seed, "batch", device, round, step)

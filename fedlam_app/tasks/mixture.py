@@ -73,6 +73,10 @@ class Mixture:
     def loss(self, model: SplitModel, batch: Batch) -> Tensor:
         return self.criterion(model(self.inputs(model, batch)), batch)
 
+    def losses(self, model: SplitModel, batch: Batch) -> Tensor:
+        output = model(self.inputs(model, batch))
+        return torch.nn.functional.cross_entropy(output, batch.targets.to(output.device), reduction="none")
+
     # --- data ---------------------------------------------------------------------------------------
 
     @cached_property

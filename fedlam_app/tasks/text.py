@@ -25,7 +25,7 @@ from fedlam_app.data.label_partition import PARTITIONS
 from fedlam_app.data.text import TextSet, load_texts
 from fedlam_app.models import backbones, lora
 from fedlam_app.models.cut import on_device
-from fedlam_app.models.split import SplitModel
+from fedlam_app.models.split import SplitModel, Tokens, rows_of
 from fedlam_app.models.text import Texts
 from fedlam_app.tasks.base import Cost, Selection
 
@@ -101,6 +101,20 @@ class TextTask(ABC):
     def loss(self, model: SplitModel, batch: TextBatch) -> Tensor:
         return self.criterion(model(self.inputs(model, batch)), batch)
 
+    def losses(self, model: SplitModel, batch: TextBatch) -> Tensor:
+        """Return each text's mean over its own supervised rows (B,).
+
+        A mean over all rows of the batch would let the length of one text weigh the gradients of the others.
+        """
+        output = model(self.inputs(model, batch))  # (R, ...)
+        rows = torch.nn.functional.cross_entropy(
+            output, batch.targets.to(output.device), reduction="none"
+        )  # (R,)
+        texts = batch.texts
+        counts = rows_of(Tokens(texts.ids, texts.lengths, texts.rows)).to(rows.device)  # (B,)
+        sample = torch.repeat_interleave(counts)  # (R,)
+        return rows.new_zeros(len(counts)).index_add(0, sample, rows) / counts
+
     # --- data ---------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -140,10 +154,23 @@ class TextTask(ABC):
         return len(self.texts[0]) if self.config.strategy == "central" else len(self.shards[device])
 
     def ids(self, device: int, round: int, step: int) -> Index:
-        """Return the places in the device's own shard of one batch, keyed by (seed, device, epoch)."""
+        """Return the places in the device's own shard of one batch, keyed by (seed, device, epoch).
+
+        Under ``server-dp-sgd`` each sample has a coin of its own at every step, of chance :meth:`rate`. The
+        key is the run's seed, since the server and the device must throw the same coin.
+        """
+        if self.config.privacy.mechanism == "server-dp-sgd":
+            number = (round - 1) * self.config.train.local_steps + step
+            coins = rng(self.seed, "poisson", device, number).random(len(self.shards[device]))
+            return np.flatnonzero(coins < self.rate(device)).astype(np.int64)
         epoch, part = divmod((round - 1) * self.config.train.local_steps + step, self.steps_an_epoch)
         order = rng(self.seed, "epoch", device, epoch).permutation(len(self.shards[device]))
         return np.array_split(order, self.steps_an_epoch)[part].astype(np.int64)
+
+    def rate(self, device: int) -> float:
+        """Return the chance q that a Poisson batch has any one sample of a device."""
+        own = self.config.train.batch_rows / max(1, len(self.shards[device]))
+        return self.config.privacy.sampling_rate or min(1.0, own)
 
     def batch(self, device: int, round: int, step: int) -> TextBatch:
         owners = range(self.config.train.devices) if self.config.strategy == "central" else [device]
@@ -189,6 +216,8 @@ class TextTask(ABC):
         head = sum(p.numel() for p in model.head.parameters())
         front = sum(p.numel() for name, p in model.embedding.named_parameters() if name.startswith("front."))
         device = 2.0 * head * rows + 2.0 * front * tokens
+        if model.crossing != width:  # one projected token a text is all that crosses
+            return Cost(device, 2.0 * server, model.crossing, round(rows * width))
         return Cost(device, 2.0 * server * tokens, round(tokens * width), round(rows * width))
 
 

@@ -4,6 +4,9 @@ The head sees one vector a text, pooled on the server (mean, first or last token
 down and B Jacobians go up, however long the texts are.
 
     loss = - mean_i log softmax(W r_i + b)[y_i]
+
+Under ``privacy.mechanism = "release-once"`` the device's side ends in one projected vector a text
+(``models/pooled.py``), and the server's blocks work on that one token, in training and in evaluation.
 """
 
 from __future__ import annotations
@@ -15,13 +18,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from fedlam_app.config import RunConfig
 from fedlam_app.data.text import TextSet
+from fedlam_app.models.backbones import locate
+from fedlam_app.models.cut import FrontEmbedding
+from fedlam_app.models.pooled import PooledEmbedding
 from fedlam_app.models.probe import linear_probe
 from fedlam_app.models.split import SplitModel
 from fedlam_app.models.text import Classifier, Texts, WordEmbedding
 from fedlam_app.models.tokens import embeddings, tokenizer
+from fedlam_app.privacy.projection import public_projection
 from fedlam_app.tasks import classes
 from fedlam_app.tasks.base import Selection
 from fedlam_app.tasks.text import Ids, TextBatch, TextTask, pack
@@ -43,6 +51,30 @@ class TextClassification(TextTask):
         table.requires_grad_(model.tuning == "full")
         head = Classifier(backbone.width, len(self.texts[0].names), self.seed)
         return self.finished(SplitModel(WordEmbedding(table), backbone, head))
+
+    def finished(self, model: SplitModel) -> SplitModel:
+        """Apply what the configuration says of a text model, and end the device's side in one vector."""
+        model = super().finished(model)
+        privacy, config = self.config.privacy, self.config
+        if privacy.mechanism != "release-once":
+            return model
+        device = model.embedding
+        if isinstance(device, FrontEmbedding):
+            pooled = PooledEmbedding(device.embedding, device.front)
+        else:
+            pooled = PooledEmbedding(device, nn.Identity())
+        name, weights = config.model.backbone, config.model.weights
+        drawn = () if locate(name, weights) else (self.seed, config.model.blocks)  # by the seed, weights too
+        front = (name, weights, *drawn, config.split.device_blocks, config.model.precision)
+        projection = public_projection(
+            config.text,
+            privacy.public_texts,
+            privacy.dimensions,
+            front,
+            config.data.cache,
+            lambda texts: self._pooled(pooled, self.encode(texts)),
+        )
+        return SplitModel(pooled.aim(projection, privacy.clip), model.backbone, model.head)
 
     def encode(self, texts: TextSet) -> list[Sample]:
         model = self.config.model
@@ -85,6 +117,16 @@ class TextClassification(TextTask):
         else:
             raise ValueError(f"unknown baseline '{name}'; allowed are majority, linear-probe")
         return self.metrics("train", own) | self.metrics("test", table)
+
+    def _pooled(self, front: PooledEmbedding, samples: Sequence[Sample]) -> NDArray[np.float64]:
+        """Return the pooled states (n, D) of texts, of like lengths together."""
+        order = np.argsort([len(ids) for ids, _ in samples], kind="stable")
+        parts = [order[start : start + 64] for start in range(0, len(order), 64)]
+        with torch.no_grad():
+            found = [front.pooled(self.collate([samples[i] for i in part]).texts) for part in parts]
+        pooled = np.zeros((len(order), found[0].shape[1]))
+        pooled[order] = torch.cat(found).double().numpy()
+        return pooled
 
     def _features(self, model: SplitModel, split: str) -> NDArray[np.float64]:
         """Return what the head of the untrained model would see of every text, (texts, D)."""

@@ -1,0 +1,169 @@
+"""What privacy costs: Rotten Tomatoes, MiniLM, beside the same run without it; three seeds.
+
+A DP head on the frozen backbone and FFA-LoRA by DP-SGD on two devices; the split under label-DP, and with
+private inputs, on four. Every arm and budget, the one without privacy too, gets the learning rate that is best
+on validation texts, found on a seed that is not among the three; the test texts are looked at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.record import Figure, write_result
+from benchmarks.split_runs import Flat, call, done, federated, in_parallel
+from fedlam_app.config import Scalar
+
+SEEDS = (1, 2, 3)
+TUNED_ON = 77
+TRAIN, VALID = 5200, 800  # of 6,920 sentences; the rest, with the official test part, is the test set
+RATES = (0.3, 1.0, 3.0)
+
+COMMON: dict[str, Scalar] = {"train.devices": 4, "text.max-tokens": 48, "train.evaluate-every": 1000}
+IN_CLIENTS: dict[str, Scalar] = {
+    **COMMON,
+    "train.optimiser": "sgd",
+    "train.clip-norm": 0.0,
+    "train.devices": 2,
+    "train.batch-rows": 260,  # q = 0.1
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of being private, its budgets and the points that it may lose."""
+
+    keys: Flat
+    private: Flat
+    budgets: dict[float, str]  # epsilon -> bound on the points lost
+    rates: tuple[float, ...]
+    rate: str = "train.lr"
+
+
+ARMS = {
+    "DP head on frozen MiniLM": Arm(
+        {
+            **IN_CLIENTS,
+            "strategy": "fedavg-lora",
+            "model.tuning": "none",
+            "train.rounds": 20,
+            "train.local-steps": 10,
+            "train.batch-rows": 520,  # q = 0.2
+        },
+        {"privacy.mechanism": "dp-sgd", "privacy.clip": 1.0},
+        {8.0: "<= 1", 1.0: "<= 3"},
+        (1.0, 3.0, 10.0),
+    ),
+    "FFA-LoRA, DP-SGD": Arm(
+        {
+            **IN_CLIENTS,
+            "strategy": "ffa-lora",
+            "model.lora-on": "attention",
+            "train.rounds": 40,
+            "train.local-steps": 1,
+        },
+        {"privacy.mechanism": "dp-sgd", "privacy.clip": 1.0},
+        {8.0: "<= 3"},
+        RATES,
+    ),
+    "split, label-DP (randomised response)": Arm(
+        {**COMMON, "train.batch-rows": 32, "train.rounds": 120, "split.heads": "averaged"},
+        {"privacy.mechanism": "randomised-response"},
+        {3.0: "<= 2"},
+        (5e-4, 1e-3, 2e-3),
+    ),
+}
+
+
+def main() -> int:
+    """Choose rates, train, write ``results/privacy_utility.json``; 0 where every bound holds."""
+    with tempfile.TemporaryDirectory() as folder:
+        texts = Path(folder)
+        validation, test = _texts(texts, "validation"), _texts(texts, "test")
+        tried = {}
+        for name, arm in ARMS.items():
+            for budget in (None, *arm.budgets):
+                for rate in arm.rates:
+                    keys = _keys(arm, budget, rate) | {"seed": TUNED_ON, "text.source": str(validation)}
+                    tried[name, f"{budget} {rate}"] = call(federated, keys)
+        found = in_parallel("privacy_utility validation", tried)
+        rates = {
+            (name, budget): max(arm.rates, key=lambda r: found[name, f"{budget} {r}"]["accuracy"])
+            for name, arm in ARMS.items()
+            for budget in (None, *arm.budgets)
+        }
+        runs = {}
+        for (name, budget), rate in rates.items():
+            for seed in SEEDS:
+                keys = _keys(ARMS[name], budget, rate) | {"seed": seed, "text.source": str(test)}
+                runs[name, f"{budget} {seed}"] = call(federated, keys)
+        results = in_parallel("privacy_utility", runs)
+    figures = [figure for name in ARMS for figure in _figures(name, results)]
+    extra = {
+        "arms": {name: {"keys": dict(arm.keys), "private": dict(arm.private)} for name, arm in ARMS.items()},
+        "rates": {f"{name}, {budget}": rate for (name, budget), rate in rates.items()},
+        "validation": {" ".join(key): result["accuracy"] for key, result in found.items()},
+        "test": {" ".join(key): result for key, result in results.items()},
+    }
+    write_result("privacy_utility", figures, seed=SEEDS[0], extra=extra)
+    done("privacy_utility validation")
+    done("privacy_utility")
+    for figure in figures:
+        print(f"{figure.name}: {figure.value:.3f} {figure.unit} {figure.bound}")
+    return 0 if all(figure.holds for figure in figures) else 1
+
+
+def _keys(arm: Arm, budget: float | None, rate: float) -> dict[str, Scalar]:
+    private = {} if budget is None else {**arm.private, "privacy.target-epsilon": budget}
+    return {**arm.keys, **private, arm.rate: rate}
+
+
+def _figures(name: str, results: dict[Any, dict[str, Any]]) -> list[Figure]:
+    def points(budget: float | None) -> np.ndarray:
+        return np.array([100.0 * results[name, f"{budget} {seed}"]["accuracy"] for seed in SEEDS])
+
+    clean = points(None)
+    figures = [Figure("privacy", f"{name}: accuracy without privacy", clean.mean(), "% accuracy")]
+    for budget, bound in ARMS[name].budgets.items():
+        own = points(budget)
+        lost = float((clean - own).mean())
+        figures.append(
+            Figure(
+                "privacy", f"{name}: points lost at epsilon {budget:g}, three seeds", lost, "points", bound
+            )
+        )
+        figures.append(
+            Figure("privacy", "... standard deviation over seeds", float(own.std(ddof=1)), "points")
+        )
+    return figures
+
+
+def _texts(folder: Path, held_out: str) -> Path:
+    """Write the training sentences, and those to score on, into a folder of their own."""
+    from fedlam_app.base.keys import rng
+    from fedlam_app.config import parse
+    from fedlam_app.data.text import load_texts
+
+    train, test = load_texts(parse({}).text, 0)
+    order = rng("benchmark", "privacy", "utility").permutation(len(train))
+    rows = [(train.texts[i], train.names[train.labels[i]]) for i in order]
+    rest = [(text, test.names[label]) for text, label in zip(test.texts, test.labels, strict=True)]
+    scored = rows[TRAIN : TRAIN + VALID] if held_out == "validation" else rows[TRAIN + VALID :] + rest
+    own = folder / held_out
+    own.mkdir()
+    for name, part in (("train", rows[:TRAIN]), ("test", scored)):
+        with (own / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label"])
+            writer.writerows(part)
+    return own
+
+
+if __name__ == "__main__":
+    sys.exit(main())
