@@ -1,7 +1,7 @@
 """What can be read of a text: from clear embeddings everything, from what ``release-once`` lets out nothing.
 
-Rotten Tomatoes and MiniLM; the releases are made by the devices' own code at the shipped settings (d = 8,
-epsilon = 8, one fifth of it for labels, public directions of BBC News), with none and with five of the six
+Rotten Tomatoes and MiniLM; the releases are made by the devices' own code at the shipped settings (d = 32,
+epsilon = 8, one fifth of it for labels, public directions of IMDb), with none and with five of the six
 blocks on the device. The attacks have no language model and know how many words a text has:
 
 nearest   the words whose own clean vectors lie nearest to the released one

@@ -1,8 +1,8 @@
 """What privacy costs: Rotten Tomatoes, MiniLM, beside the same run without it; three seeds.
 
 A DP head on the frozen backbone and FFA-LoRA by DP-SGD on two devices; the split under label-DP, and with
-private inputs, on four. Every arm and budget, the one without privacy too, gets the learning rate that is best
-on validation texts, found on a seed that is not among the three; the test texts are looked at once.
+private inputs, on four. Every arm and budget, the one without privacy too, gets the learning rate that is
+best on validation texts, found on a seed that is not among the three; the test texts are looked at once.
 """
 
 from __future__ import annotations

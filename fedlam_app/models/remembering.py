@@ -2,7 +2,7 @@
 
 A head alone (``model.tuning = "none"``) visits every text many times, and the large model says the same of
 it each time. Answers are kept by the content of a sample's tokens and computed sample by sample, without its
-neighbours' padding: so they do not depend on the batch in which a sample came first, nor on who computes them.
+neighbours' padding: so they depend neither on the batch in which a sample came first nor on who computes.
 """
 
 from __future__ import annotations

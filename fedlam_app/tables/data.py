@@ -57,7 +57,7 @@ class TextConfig(Table):
 
     source: Annotated[str, Field(min_length=1)]
     """``rotten-tomatoes``, ``imdb``, ``bbc-news``, the absolute path of a .csv or .jsonl file or of a folder
-    of them, or ``hub:OWNER/NAME`` for a Hugging Face data set (needs the package ``datasets`` and the hub)."""
+    of them, or ``hub:OWNER/NAME`` for a Hugging Face data set (the package ``datasets``, and the hub)."""
     text_column: Annotated[str, Field(min_length=1)]
     """Column that holds the text (files and hub)."""
     label_column: Annotated[str, Field(min_length=1)]
