@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
 NOT_OF_THE_RUN = ("job", "compare.", "case-study.", "privacy.ledgers")  # keys that no sum depends on
 
+PASS = 1024  # tokens (or examples) that go through the model at once
+
 Ids = NDArray[np.int64]
 
 
@@ -83,6 +85,7 @@ def dp_sgd(
     worker.ledgers.charge(device, release)
     draw = worker.ledgers.stream(device, "dp-sgd", name, repr(z))
 
+    sizes = task.sizes(device)
     optimiser = optimiser_of(
         parameters, config.train, learning_rate(config.train.lr, config.train.rounds, round.number)
     )
@@ -90,7 +93,7 @@ def dp_sgd(
     with per_sample(worker.model, trained) as gradients:
         for _ in range(round.steps):
             sums = [torch.zeros_like(p) for p in parameters]
-            for ids in chunks(poisson(draw, samples, q), config.train.batch_rows):
+            for ids in chunks(poisson(draw, samples, q), sizes):
                 found = gradients(task.losses(worker.model, task.of(device, ids)))
                 for total, part in zip(sums, clipped_sum(found, clip), strict=True):
                     total += part
@@ -113,10 +116,14 @@ def poisson(draw: Stream, samples: int, q: float) -> Ids:
     return np.flatnonzero(draw.uniform(samples) < q).astype(np.int64)
 
 
-def chunks(ids: Ids, most: int) -> Iterator[Ids]:
-    """Cut a batch of any size into as few equal parts as pass through the model at once; none of nothing."""
+def chunks(ids: Ids, sizes: Ids) -> Iterator[Ids]:
+    """Cut a batch of any size into parts of about ``PASS`` tokens, samples of like ``sizes`` (n,) together.
+
+    The sum does not depend on it, and there is little padding and a bound to memory; none of nothing.
+    """
     if len(ids):
-        yield from np.array_split(ids, -(-len(ids) // most))
+        ordered = ids[np.argsort(sizes[ids], kind="stable")]
+        yield from np.array_split(ordered, min(len(ids), -(-int(sizes[ids].sum()) // PASS)))
 
 
 def gaussian(draw: Stream, like: Sequence[Tensor], std: float) -> list[Tensor]:

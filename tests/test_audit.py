@@ -210,7 +210,9 @@ def test_one_training_with_canaries_never_proves_more_than_is_claimed(seed: int,
 
 
 @pytest.mark.parametrize(
-    ("mutant", "size"), [(unclipped, 10.0), (no_noise, 1.0), (over_the_batch, 1.0)], ids=lambda x: str(x)
+    ("mutant", "size"),
+    [(unclipped, 10.0), (no_noise, 1.0), (over_the_batch, 1.0)],
+    ids=("no clip", "no noise", "scale"),
 )
 def test_gross_errors_show_in_one_training(
     mutant: Break, size: float, tmp_path: Path, monkeypatch: Patch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ import torch
 
 from clients.adapter import Worker
 from clients.ledgers import Ledgers
-from clients.private import chunks, gaussian, poisson, sampling_rate
+from clients.private import PASS, chunks, gaussian, poisson, sampling_rate
 from fedlam_app import client_app
 from fedlam_app.base.records import TrainOrder
 from fedlam_app.base.schedule import learning_rate
@@ -102,11 +103,14 @@ def test_each_sample_has_a_coin_of_its_own() -> None:
 
 
 def test_a_large_batch_passes_in_parts_and_an_empty_one_not_at_all() -> None:
-    ids = np.arange(37)
-    parts = list(chunks(ids, 8))
-    np.testing.assert_array_equal(np.concatenate(parts), ids)
-    assert [len(part) for part in parts] == [8, 8, 7, 7, 7]
-    assert list(chunks(np.zeros(0, np.int64), 8)) == []
+    sizes = np.random.default_rng(0).integers(1, 300, 50)
+    ids = np.arange(3, 40)
+    parts = list(chunks(ids, sizes))
+    assert len(parts) == -(-sizes[ids].sum() // PASS) > 2
+    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), ids)
+    assert all(sizes[a].max() <= sizes[b].min() for a, b in itertools.pairwise(parts))  # like with like
+    assert max(len(part) for part in parts) - min(len(part) for part in parts) <= 1
+    assert list(chunks(np.zeros(0, np.int64), sizes)) == []
 
 
 def test_the_rate_is_the_batch_over_the_samples_unless_it_is_named() -> None:

@@ -85,6 +85,9 @@ class Dirac:
     def ids(self, device: int, round: int, step: int) -> NDArray[np.int64]:
         return np.arange(len(self.coins))
 
+    def sizes(self, device: int) -> NDArray[np.int64]:
+        return np.ones(len(self.coins), np.int64)
+
     def chunks(self, split: str) -> list[int]:
         return []
 

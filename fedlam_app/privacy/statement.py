@@ -98,6 +98,7 @@ def statement(config: RunConfig) -> Statement | None:
 _ALWAYS = (
     "who takes part and when",
     "how many samples a device has",
+    "how long a device computes",
     "evaluation metrics",
     "the tuning of hyper-parameters",
     "floating-point attacks on the noise",

@@ -64,6 +64,9 @@ class Task(Protocol):
     def losses(self, model: SplitModel, batch: Any) -> Tensor:
         """Return the loss of each of a batch's samples (B,), none of which depends on another; as ``of``."""
 
+    def sizes(self, device: int) -> NDArray[np.int64]:
+        """Return how much of a batch each of a device's samples takes (n,): its tokens, or 1; as ``of``."""
+
     def examples(self, device: int) -> int:
         """Return how many training examples a device has: its weight in the mean."""
 

@@ -38,6 +38,7 @@ from fedlam_app.tasks.observed import Complex, Index, Observed, Snr, observe
 
 USERS_PER_CHUNK = 20  # fixed, so that sums and BLAS shapes do not depend on how chunks are spread
 ARRAY = 16  # antennas of one 4x4 array and one polarisation, for the spectral efficiency
+NO_SAMPLES = "channel prediction has no samples that come again, and so none to protect one by one"
 
 
 class ChannelPrediction:
@@ -110,9 +111,10 @@ class ChannelPrediction:
         raise ValueError("channel prediction draws its noise anew: no batch of it can be asked for by ids")
 
     def losses(self, model: SplitModel, batch: tuple[Rows, Tensor]) -> Tensor:
-        raise ValueError(
-            "channel prediction has no samples that come again, and so none to protect one by one"
-        )
+        raise ValueError(NO_SAMPLES)
+
+    def sizes(self, device: int) -> NDArray[np.int64]:
+        raise ValueError(NO_SAMPLES)
 
     def batch(self, device: int, round: int, step: int) -> tuple[Rows, Tensor]:
         """Draw users, antennas, SNR and noise of one local step, all keyed by (seed, device, round, step)."""

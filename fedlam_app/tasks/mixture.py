@@ -106,6 +106,10 @@ class Mixture:
         features, targets = zip(*parts, strict=True)
         return Batch(torch.cat(features), torch.cat(targets))
 
+    def sizes(self, device: int) -> Index:
+        """Return 1 for each of a device's examples (n,)."""
+        return np.ones(self._sizes[device], np.int64)
+
     def of(self, device: int, ids: Index) -> Batch:
         """Return some of a device's own examples as a batch."""
         features, labels = _shard(self.mixture, self.seed, device, int(self._sizes[device]))

@@ -181,6 +181,10 @@ class TextTask(ABC):
         """Return some of a device's own samples as a batch."""
         return self.collate([self.encoded["train"][i] for i in self.shards[device][ids]])
 
+    def sizes(self, device: int) -> Index:
+        """Return the tokens of each of a device's texts (n,)."""
+        return np.array([len(self.encoded["train"][i][0]) for i in self.shards[device]], np.int64)
+
     # --- evaluation ---------------------------------------------------------------------------------
 
     @cached_property
