@@ -41,14 +41,13 @@ from clients.per_sample import clipped_sum, per_sample
 from fedlam_app.base.schedule import learning_rate
 from fedlam_app.base.store import atomic_file
 from fedlam_app.base.vectors import pack
-from fedlam_app.config import RunConfig, identity, to_flat
+from fedlam_app.config import RunConfig, experiment
 from fedlam_app.privacy.accounting import Release
 from fedlam_app.privacy.noise import Stream, digest
 
 if TYPE_CHECKING:
     from clients.adapter import Worker
 
-NOT_OF_THE_RUN = ("job", "compare.", "case-study.", "privacy.ledgers")  # keys that no sum depends on
 
 PASS = 1024  # tokens (or examples) that go through the model at once
 
@@ -80,7 +79,7 @@ def dp_sgd(
     clip, samples = config.privacy.clip, task.examples(device)
     q = sampling_rate(config, samples)
     z = round.noise * multiplier(worker, device, round.number, q)
-    name = digest(pack(worker.parameters), sorted(trained), round, _mark(worker, device), _experiment(config))
+    name = digest(pack(worker.parameters), sorted(trained), round, _mark(worker, device), experiment(config))
     release = Release(group=f"round {round.number}", digest=name, z=z, q=q, steps=round.steps)
     worker.ledgers.charge(device, release)
     draw = worker.ledgers.stream(device, "dp-sgd", name, repr(z))
@@ -152,12 +151,6 @@ def multiplier(worker: Worker, device: int, round: int, q: float) -> float:
     with atomic_file(path) as file:
         file.write_text(json.dumps({"z": z, "q": q, "rounds": rounds, "from": round}), encoding="utf-8")
     return z
-
-
-def _experiment(config: RunConfig) -> str:
-    """Return what is computed, without where."""
-    flat = {k: v for k, v in identity(to_flat(config)).items() if not k.startswith(NOT_OF_THE_RUN)}
-    return json.dumps(flat, sort_keys=True)
 
 
 def _mark(worker: Worker, device: int) -> str:

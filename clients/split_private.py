@@ -53,6 +53,7 @@ from fedlam_app.base.records import SplitOrder
 from fedlam_app.base.split_payload import position
 from fedlam_app.base.store import write_json
 from fedlam_app.base.vectors import pack
+from fedlam_app.config import experiment
 from fedlam_app.privacy.accounting import Release
 from fedlam_app.privacy.clip import clip_samples
 from fedlam_app.privacy.labels import chances, randomised
@@ -167,7 +168,7 @@ class PrivateCut:
         epoch = (event.step - 1) // self._steps_an_epoch
         release = Release(
             # Of this run: another's epochs cut the samples into other batches.
-            group=f"{self.worker.memory.folder.name} epoch {epoch}",
+            group=f"{experiment(self.worker.config)} epoch {epoch}",
             part=f"step {event.step}",
             digest=said,  # the server reads it in the ledger, so it names no label
             z=z,

@@ -10,6 +10,8 @@ Flower has no type, are comma-separated strings.
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import tomllib
 import types
 from collections.abc import Mapping
@@ -59,6 +61,7 @@ __all__ = [
     "TrainConfig",
     "defaults",
     "describe",
+    "experiment",
     "flatten",
     "identity",
     "parse",
@@ -71,6 +74,8 @@ Scalar = bool | int | float | str
 # Where and how a run executes, not what it computes: these may differ when a run is resumed. So may how many
 # experiments a sweep has, for they do not depend on each other.
 _PLACEMENT = ("results", "resume", "federation.", "sweep.")
+
+_OF_A_JOB = ("job", "compare.", "case-study.", "sweep.", "privacy.ledgers")  # no number depends on these
 
 
 class ConfigError(ValueError):
@@ -178,6 +183,17 @@ def to_flat(config: RunConfig) -> dict[str, Scalar]:
 def identity(flat: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """Return what a run computes, without where and how it executes: equal for a run and its resumption."""
     return {key: value for key, value in flat.items() if not key.startswith(_PLACEMENT)}
+
+
+def experiment(config: RunConfig) -> str:
+    """Return a name (16 hexadecimal digits) of what is computed, whatever job it is a part of.
+
+    Where noise comes from a secret of the device's own, each results folder has a name of its own: another
+    run throws other coins. From the run's seed, the same computation is the same anywhere.
+    """
+    flat = {k: v for k, v in identity(to_flat(config)).items() if not k.startswith(_OF_A_JOB)}
+    own = config.results if config.privacy.randomness == "device" else ""
+    return hashlib.sha256(json.dumps([flat, own], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def results_folder(config: RunConfig) -> Path:

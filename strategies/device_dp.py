@@ -25,7 +25,6 @@ that a device came, and not the norm of its update, which would tell of its data
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Collection
 from functools import cached_property
@@ -36,7 +35,7 @@ from numpy.typing import NDArray
 
 from fedlam_app.base.store import cache_root
 from fedlam_app.base.vectors import Vector
-from fedlam_app.config import RunConfig, identity, to_flat
+from fedlam_app.config import RunConfig, experiment
 from fedlam_app.privacy.accounting import Release
 from fedlam_app.privacy.adaptive_clip import BIT_SHARE, bit_std, clipped, moved, sum_noise, whole_share
 from fedlam_app.privacy.noise import Stream, digest, secret
@@ -222,11 +221,10 @@ class DeviceDp(Straight):
 
     @cached_property
     def _run(self) -> str:
-        """This run's name: with a secret of many runs, another run has other coins."""
-        return digest(json.dumps([identity(to_flat(self.config)), self.config.results], sort_keys=True))
+        return experiment(self.config)
 
     def _release(self, number: int, z: float, name: str = "") -> Release:
-        return Release(group=f"{self._run[:16]} {number}", digest=name, z=z, q=self.chance)
+        return Release(group=f"{self._run} {number}", digest=name, z=z, q=self.chance)
 
     def _noise(self, turn: Turn) -> float:
         """Return a step's noise multiplier: it is one for all, so the largest that the schedule asks for."""

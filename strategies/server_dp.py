@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlam_app.base.store import cache_root
-from fedlam_app.config import RunConfig, to_flat
+from fedlam_app.config import RunConfig, experiment
 from fedlam_app.models.split import SplitModel
 from fedlam_app.privacy.accounting import BudgetSpent, Ledger, Release
 from fedlam_app.privacy.noise import Stream, digest, secret
@@ -71,7 +71,7 @@ class TrustedFederation(SplitFederation):
         self.rates = {k: task.rate(k) for k in devices}
         self.expected = {k: self.rates[k] * task.examples(k) for k in devices}  # samples a step
         self.noise = self._planned()
-        self._run = digest(sorted(to_flat(config).items()), cell)
+        self._run = experiment(config)
         self._secret = secret(
             config.privacy.randomness, config.seed, cache_root(config.data.cache) / "server"
         )

@@ -25,9 +25,10 @@ from fedlam_app.experiments.track import RunFolder, read_metrics
 from fedlam_app.grid import InProcessGrid
 from fedlam_app.models import backbones
 from fedlam_app.models.rows import Rows
+from fedlam_app.privacy.accounting import Ledger
 from fedlam_app.tasks.channel_prediction import ChannelPrediction
 from tests.processes import free_port
-from tests.tiny import tiny_run, tiny_text_run
+from tests.tiny import tiny_run, tiny_text_run, write_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -167,3 +168,42 @@ def test_a_failed_run_exits_with_one_and_says_why(
     code, output = fedlam_run(broken, tmp_path / "results", flower)
     assert code == 1
     assert str(tmp_path / "channels") in output and "is finished:failed" in output
+
+
+PRIVATE: dict[str, dict[str, Scalar]] = {
+    "devices": {"sweep.over": "privacy.mechanism=dp-sgd,client; strategy=fedit,ffa-lora"},
+    "secure": {"sweep.over": "strategy=ffa-lora", "privacy.mechanism": "client", "privacy.secure": True},
+    "cut": {
+        "sweep.over": "privacy.mechanism=jacobian,logit,randomised-response,server-dp-sgd,release-once",
+        "strategy": "fedsgd-lora",
+        "split.heads": "frozen",
+        "privacy.dimensions": 4,
+        "federation.server-threads": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("mechanisms", PRIVATE)
+def test_private_runs_through_ray_equal_the_in_process_run_and_its_ledgers(
+    mechanisms: str, flower: dict[str, str], tmp_path: Path
+) -> None:
+    texts = tiny_text_run(tmp_path)
+    public = str(write_texts(tmp_path / "public.jsonl", 40))
+    flat = texts | {"job": "sweep", "privacy.public-texts": public} | PRIVATE[mechanisms]
+    results = tmp_path / "ray"
+    code, output = fedlam_run(flat, results, flower)
+    assert code == 0, output
+    assert "NOT covered" in output
+
+    plain = {**flat, "results": str(tmp_path / "plain"), "federation.supernodes": 3}
+    cells, folder = cells_of(parse(plain)), RunFolder.open(parse(plain))
+    run_cells(InProcessGrid(app, 3, plain), plain, cells, folder, 1, lambda line: None)
+    for cell in cells:
+        state = f"state/{cell.key}.safetensors"
+        ours, theirs = load_file(results / state), load_file(folder.path / state)
+        np.testing.assert_array_equal(ours["models"], theirs["models"], err_msg=cell.key)
+        book = json.loads((results / "privacy" / f"{cell.key}.json").read_text(encoding="utf-8"))
+        assert book == json.loads((folder.path / "privacy" / f"{cell.key}.json").read_text(encoding="utf-8"))
+        assert set(book["ledgers"]) == {"0", "1", "2", "3"}
+        spent = [Ledger.from_json(json.dumps(own)).epsilon for own in book["ledgers"].values()]
+        assert all(7.99 <= epsilon <= 8.0 + 1e-9 for epsilon in spent), cell.key
