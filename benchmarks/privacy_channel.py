@@ -5,8 +5,8 @@
 Simulated: y = h a (x + n) + w of half a million entries on one band, and the sum of ten devices over the air.
 Running: a split run whose Jacobians travel uncoded, in this process, with all that devices and server really
 do. Worst cases: 1,000 Rayleigh draws of links over four decades of mean SNR, as a receiver has them that is
-11 dB better. Schedules: the reference's rho = 0.9 over 20 rounds; and for channels the
-distortions that Rayleigh fading makes of them, known beforehand and causally, over 2,000 draws of 20 rounds.
+11 dB better. Schedules: late weights of rho = 0.9 over 20 rounds; and for channels the distortions that
+Rayleigh fading makes of them, known beforehand and causally, over 2,000 draws of 20 rounds.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def simulated() -> list[Figure]:
         off = (h * a * (x + s * draw.standard_normal(ENTRIES)) + w) / (h * a) - x
         wanted = float(channel.received(gain, channel.REAL_SHARE, sent.amplitude, sent.artificial))
         worst_one = max(worst_one, abs(float(off.std()) / wanted**0.5 - 1.0))
-    for power in (0.1, 1.0, 10.0, 100.0):  # the reference's example: K = 10, |h| = 0.192, S = 8, d = 1000
+    for power in (0.1, 1.0, 10.0, 100.0):  # one example: K = 10, |h| = 0.192, S = 8, d = 1000
         sent = channel.together(np.full(10, 0.192**2), power, 1.0, 0.064, Z**2)
         c, s = float(sent.amplitude) ** 0.5, float(sent.artificial) ** 0.5
         own = s * draw.standard_normal((10, ENTRIES // 10)).sum(axis=0)

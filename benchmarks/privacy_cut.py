@@ -12,19 +12,16 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pytest import MonkeyPatch
 from scipy import stats
 
 from benchmarks.record import Figure, write_result
-from clients import split_private
 from fedlam_app.base.split_payload import position
 from fedlam_app.base.wire import FORMATS
 from fedlam_app.client_app import app
@@ -32,8 +29,8 @@ from fedlam_app.config import Scalar, parse
 from fedlam_app.experiments.federate import federate
 from fedlam_app.grid import InProcessGrid
 from fedlam_app.privacy.accounting import Ledger
-from fedlam_app.privacy.noise import Stream
 from fedlam_app.tasks.text_classification import TextClassification
+from tests import broken_privacy as broken
 from tests.private_devices import Alone, clipped, guessed
 
 SEED = 3
@@ -47,6 +44,7 @@ BASE: dict[str, Scalar] = {
     "wire.embedding": "fp32", "wire.representation": "fp32", "wire.jacobian": "fp32",
     "federation.supernodes": 1, "federation.server-threads": 1,
 }  # fmt: skip
+MUTANTS = {"no clip": broken.unclipped, "noise over the batch": broken.over_the_batch}
 Rows = NDArray[Any]
 
 
@@ -84,26 +82,6 @@ class Shown:
             ]
             right += (guessed(sent, *each_label) == self.alone.targets(device, step)).tolist()
         return float(np.mean(right))
-
-
-@contextmanager
-def mutant(name: str) -> Iterator[None]:
-    """Break the device's code in one place."""
-    normal = Stream.normal
-
-    def unclipped(rows: torch.Tensor, counts: list[int], clip: float) -> torch.Tensor:
-        return rows.double()
-
-    def divided(self: Stream, shape: tuple[int, ...], std: float = 1.0) -> NDArray[np.float64]:
-        return normal(self, shape, std / shape[0])
-
-    broken = (
-        patch.object(split_private, "clip_samples", unclipped)
-        if name == "no clip"
-        else patch.object(Stream, "normal", divided)
-    )
-    with broken:
-        yield
 
 
 def noise_figures(folder: Path) -> list[Figure]:
@@ -144,8 +122,9 @@ def label_figures(folder: Path) -> list[Figure]:
             Figure("privacy", name, 100.0 * found, "%"),
             Figure("privacy", f"{name}, less the bound {bound:.3f}", found - bound, "share", "<= 0.03"),
         ]
-    for name in ("no clip", "noise over the batch"):
-        with mutant(name):
+    for name, mutant in MUTANTS.items():
+        with MonkeyPatch.context() as patch:
+            mutant(patch)
             found = Shown(folder, 2.0).recovered(known, 1)
         past = found - float(stats.norm.cdf(0.5))
         figures.append(Figure("privacy", f"cut: mutant '{name}' past the bound", past, "share", "> 0.03"))

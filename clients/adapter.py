@@ -24,13 +24,14 @@ from clients.private import Round, dp_sgd
 from fedlam_app.base.keys import seed_of
 from fedlam_app.base.layout import expand, factors_at
 from fedlam_app.base.packing import Answer, distance
-from fedlam_app.base.records import EvaluateOrder, TrainOrder, cut
+from fedlam_app.base.records import EvaluateOrder, MaskedOrder, TrainOrder, cut
 from fedlam_app.base.vectors import Vector, pack, unpack
 from fedlam_app.config import RunConfig
 from fedlam_app.models.factors import layout_of, merge, probe
 from fedlam_app.models.remembering import remembering
 from fedlam_app.models.split import SplitModel
 from fedlam_app.privacy.noise import digest
+from fedlam_app.rules_privacy import AT_THE_CUT
 from fedlam_app.tasks.base import Task
 
 NOTHING: Vector = np.zeros(0, np.float32)  # what a polled device hands in
@@ -78,13 +79,18 @@ class Worker:
     def obey(self, order: TrainOrder, place: int) -> Answer:
         """Return what the ``place``-th device of an order hands in."""
         device, steps = order.devices[place], order.steps[place]
+        privacy = self.config.privacy
+        if privacy.mechanism in AT_THE_CUT or (
+            privacy.secure and steps and not isinstance(order, MaskedOrder)
+        ):
+            raise ValueError(f"what this order asks for '{privacy.mechanism}' does not make private")
         self.bring(order.first, order.kinds, order.entry_ranks, order.entries)
-        if self.config.privacy.mechanism == "dp-sgd" and (order.probe or order.compact):
+        if privacy.mechanism == "dp-sgd" and (order.probe or order.compact):
             raise ValueError("DP-SGD trains LoRA's own factors, and this order asks for other numbers")
         sent = cut(order.vectors, order.sizes)[order.rows[place]]
         work = self._compact_work if order.compact else self._work
         vector, start, loss = work(order, place, sent)
-        if self.config.privacy.withholds:
+        if privacy.withholds:
             loss = 0.0 if steps else float("nan")  # of a poll that is no answer
         weight = self.task.examples(device) * order.factors[place]
         if steps == 0:

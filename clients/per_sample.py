@@ -14,14 +14,14 @@ does not look whether that is so; :func:`refuse` and the checks in :func:`per_sa
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fedlam_app.base.quiet import root_log_kept
 
 ROUNDING = 1e-3  # how far the sum of the samples' gradients may be from autograd's, of their norms' sum
 MARGIN = 1.0 + 1e-6  # what float32 may add to a clipped norm
@@ -87,7 +87,9 @@ def per_sample(
     as it was. The first batch is checked against autograd: a gradient that Opacus does not see is an error.
     """
     refuse(model)
-    hooks = _opacus()(model, loss_reduction="sum")
+    with root_log_kept():
+        from opacus.grad_sample import GradSampleHooks
+    hooks = GradSampleHooks(model, loss_reduction="sum")
     checked = False
 
     def gradients(losses: Tensor) -> Gradients:
@@ -113,17 +115,6 @@ def per_sample(
                 module.__dict__.pop(kept, None)
 
 
-def _opacus() -> Any:
-    """Return Opacus' hooks, without what their import does to logging: Flower's lines would come twice."""
-    log = logging.getLogger()
-    before = list(log.handlers)
-    from opacus.grad_sample import GradSampleHooks
-
-    for handler in set(log.handlers).difference(before):
-        log.removeHandler(handler)
-    return GradSampleHooks
-
-
 def _check(name: str, parameter: nn.Parameter, samples: int, whole: bool) -> None:
     """Raise ``ValueError`` unless a parameter has a gradient a sample; ``whole``: they make up autograd's."""
     found = getattr(parameter, "grad_sample", None)
@@ -138,17 +129,19 @@ def _check(name: str, parameter: nn.Parameter, samples: int, whole: bool) -> Non
         most = found.flatten(1).norm(dim=1).sum()
         if off > ROUNDING * most and bool(torch.isfinite(off + most)):
             raise ValueError(
-                f"Opacus does not give per-sample gradients for '{name}': their sum is {float(off):.3g} away"
-                f" from the batch's own, which has norm {float(parameter.grad.norm()):.3g}"
+                f"Opacus does not give per-sample gradients for '{name}': their sum is not the batch's own"
             )
 
 
 def clipped_sum(gradients: Gradients, clip: float) -> list[Tensor]:
-    """Return sum_i g_i min(1, C / ||g_i||) of each parameter; a sample that is not finite adds nothing."""
+    """Return sum_i g_i min(1, C / ||g_i||) of each parameter; a sample that is not finite adds nothing.
+
+    Nor does one so long that its factor is no normal float32: it would be rounded, up to above C.
+    """
     norms = torch.stack(
         [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64) for g in gradients]
     ).norm(dim=0)  # (B,)
-    finite = norms.isfinite()
+    finite = norms * torch.finfo(torch.float32).tiny < clip / MARGIN  # false for NaN too
     if not bool(finite.all()):  # 0 times NaN is NaN: such rows must go
         gradients, norms = [g[finite] for g in gradients], norms[finite]
     factors = (clip / (norms * MARGIN).clamp_min(1e-30)).clamp(max=1.0)  # (B,)

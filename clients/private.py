@@ -25,7 +25,6 @@ a report says in CPU seconds, still tells of the size of its batch.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,9 +38,8 @@ from torch import Tensor, nn
 from clients.loop import optimiser_of
 from clients.per_sample import clipped_sum, per_sample
 from fedlam_app.base.schedule import learning_rate
-from fedlam_app.base.store import atomic_file
 from fedlam_app.base.vectors import pack
-from fedlam_app.config import RunConfig, experiment
+from fedlam_app.config import experiment, sampling_rate
 from fedlam_app.privacy.accounting import Release
 from fedlam_app.privacy.noise import Stream, digest
 
@@ -79,7 +77,9 @@ def dp_sgd(
     clip, samples = config.privacy.clip, task.examples(device)
     q = sampling_rate(config, samples)
     z = round.noise * multiplier(worker, device, round.number, q)
-    name = digest(pack(worker.parameters), sorted(trained), round, _mark(worker, device), experiment(config))
+    has = [mask.cpu().numpy() for mask in within]
+    start, mark = pack(worker.parameters), _mark(worker, device)
+    name = digest(start, sorted(trained), *has, round, mark, experiment(config))
     release = Release(group=f"round {round.number}", digest=name, z=z, q=q, steps=round.steps)
     worker.ledgers.charge(device, release)
     draw = worker.ledgers.stream(device, "dp-sgd", name, repr(z))
@@ -88,7 +88,7 @@ def dp_sgd(
     optimiser = optimiser_of(
         parameters, config.train, learning_rate(config.train.lr, config.train.rounds, round.number)
     )
-    start = [p.detach().clone() for p in parameters]
+    began = [p.detach().clone() for p in parameters]
     with per_sample(worker.model, trained) as gradients:
         for _ in range(round.steps):
             sums = [torch.zeros_like(p) for p in parameters]
@@ -97,17 +97,12 @@ def dp_sgd(
                 for total, part in zip(sums, clipped_sum(found, clip), strict=True):
                     total += part
             noises = gaussian(draw, sums, z * clip)
-            for p, total, noise, mask, origin in zip(parameters, sums, noises, within, start, strict=True):
+            for p, total, noise, mask, origin in zip(parameters, sums, noises, within, began, strict=True):
                 p.grad = (total + noise * mask) / (q * max(1, samples))
                 if round.proximal:
                     p.grad.add_(p.detach() - origin, alpha=round.proximal)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-
-
-def sampling_rate(config: RunConfig, samples: int) -> float:
-    """Return q, the chance of each of a device's samples to be in a step's batch."""
-    return config.privacy.sampling_rate or min(1.0, config.train.batch_rows / max(1, samples))
 
 
 def poisson(draw: Stream, samples: int, q: float) -> Ids:
@@ -142,15 +137,8 @@ def multiplier(worker: Worker, device: int, round: int, q: float) -> float:
     privacy, train = config.privacy, config.train
     if privacy.noise_multiplier or privacy.noiseless:
         return privacy.noise_multiplier
-    path = worker.memory.folder / "noise" / f"{device}.json"
-    if path.is_file():
-        return float(json.loads(path.read_text(encoding="utf-8"))["z"])
-    share = min(1.0, (train.cohort or train.devices) / train.devices)
-    rounds = max(1, math.ceil((train.rounds - round + 1) * share))
-    z = worker.ledgers.of(device).calibrate(q, rounds * train.local_steps)
-    with atomic_file(path) as file:
-        file.write_text(json.dumps({"z": z, "q": q, "rounds": rounds, "from": round}), encoding="utf-8")
-    return z
+    rounds = max(1, math.ceil((train.rounds - round + 1) * train.share))
+    return worker.ledgers.planned(device, q, rounds * train.local_steps)
 
 
 def _mark(worker: Worker, device: int) -> str:

@@ -57,7 +57,8 @@ class Releases:
         if device in self._made:
             return self._made[device]
         path = self.worker.ledgers.folder / "released" / f"{device}.npz"
-        _, labels = told_labels(self.worker, device, self._label_epsilon(device))
+        epsilon = self.privacy.label_epsilon(device)
+        _, labels = told_labels(self.worker, device, epsilon)
         private = self._private(device, labels)
         made = _read(path, private)
         if made is None:
@@ -66,7 +67,7 @@ class Releases:
                 np.savez(file, vectors=made.vectors, z=made.z, private=private)
         # The server reads the ledger, and with it this: it names nothing but what may be known.
         said = digest(made.vectors, made.z, labels)
-        release = Release(group=GROUP, part="shard", digest=said, z=made.z, pure=self._label_epsilon(device))
+        release = Release(group=GROUP, part="shard", digest=said, z=made.z, pure=epsilon)
         self.worker.ledgers.charge(device, release)
         self._made[device] = made
         return made
@@ -103,10 +104,7 @@ class Releases:
         ledger = self.worker.ledgers.of(device)
         if ledger.group == GROUP:  # charged for a file that is gone: the same vectors get the same noise
             return ledger.least_z
-        return ledger.calibrate(1.0, 1, pure=self._label_epsilon(device))
-
-    def _label_epsilon(self, device: int) -> float:
-        return self.privacy.label_share * self.privacy.budget(device)
+        return ledger.calibrate(1.0, 1, pure=self.privacy.label_epsilon(device))
 
     def _private(self, device: int, labels: str) -> str:
         """Return a name of all that a release is made from; it never leaves the device.

@@ -60,6 +60,8 @@ class SplitDevice:
 
     def __init__(self, worker: Worker) -> None:
         self.worker, self.config, self.task, self.model = worker, worker.config, worker.task, worker.model
+        if self.config.privacy.mechanism == "dp-sgd" or self.config.privacy.secure:
+            raise ValueError("DP-SGD and masks hide nothing of what crosses a split")
         self.local_steps = self.config.train.local_steps
         self.cut = PrivateCut(worker)
         self.once = Releases(worker) if self.config.privacy.mechanism == "release-once" else None

@@ -37,10 +37,8 @@ it would not be isotropic in logit space.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,7 +49,6 @@ from torch import Tensor
 from clients.adapter import Worker
 from fedlam_app.base.records import SplitOrder
 from fedlam_app.base.split_payload import position
-from fedlam_app.base.store import write_json
 from fedlam_app.base.vectors import pack
 from fedlam_app.config import experiment
 from fedlam_app.privacy.accounting import Release
@@ -102,7 +99,7 @@ class PrivateCut:
         """
         if self.mechanism not in RELABELLED:
             return batch
-        epsilon = self._label_epsilon(event.device)
+        epsilon = self.privacy.label_epsilon(event.device)
         told, name = told_labels(self.worker, event.device, epsilon)
         if self.mechanism == "randomised-response":
             release = Release(group="labels", part="labels", digest=name, pure=epsilon)
@@ -142,16 +139,11 @@ class PrivateCut:
 
     def _loss(self, output: Tensor, batch: Any, event: Event) -> Tensor:
         """Return a batch's mean loss: the task's, or that of labels which were randomised."""
-        p, q = chances(output.shape[-1], self._label_epsilon(event.device))
+        p, q = chances(output.shape[-1], self.privacy.label_epsilon(event.device))
         if q == 0.0:
             return self.task.criterion(output, batch)
         of_true = torch.log_softmax(output, 1).gather(1, batch.targets.to(output.device)[:, None])  # (B, 1)
         return -torch.logaddexp(of_true + math.log(p - q), torch.full_like(of_true, math.log(q))).mean()
-
-    def _label_epsilon(self, device: int) -> float:
-        """Return the epsilon that a device's labels were randomised with; inf: they are the true ones."""
-        share = {"randomised-response": 1.0, "release-once": self.privacy.label_share}.get(self.mechanism)
-        return math.inf if share is None else share * self.privacy.budget(device)
 
     def _noised(self, rows: Tensor, counts: list[int], leaf: Tensor, batch: Any, event: Event) -> Tensor:
         """Return clipped gradients with their noise, charged: all that is ever made of them."""
@@ -181,18 +173,12 @@ class PrivateCut:
         return noised.to(rows)
 
     def _planned(self, device: int, apart: float) -> float:
-        """Return the noise over the sensitivity, ``apart`` C: the same for the whole run, whatever is spent.
-
-        It is kept in a file, since what earlier runs have spent can be told from the ledger only at first.
-        """
+        """Return the noise over the sensitivity, ``apart`` C: one for the whole run, whatever is spent."""
         if self.privacy.noise_multiplier > 0.0:
             return self.privacy.noise_multiplier / apart
-        path: Path = self.worker.memory.folder / "noise" / f"{device}.json"
-        if not path.is_file():
-            train = self.worker.config.train
-            epochs = math.ceil(train.rounds * train.local_steps / self._steps_an_epoch)
-            write_json(path, {"z": self.worker.ledgers.of(device).calibrate(1.0, epochs)})
-        return float(json.loads(path.read_text(encoding="utf-8"))["z"])
+        train = self.worker.config.train
+        epochs = math.ceil(train.rounds * train.local_steps / self._steps_an_epoch)
+        return self.worker.ledgers.planned(device, 1.0, epochs)
 
     # --- helpers ------------------------------------------------------------------------------------
 

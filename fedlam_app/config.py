@@ -196,6 +196,11 @@ def experiment(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps([flat, own], sort_keys=True).encode()).hexdigest()[:16]
 
 
+def sampling_rate(config: RunConfig, samples: float) -> float:
+    """Return q, the chance of each of a device's ``samples`` to be in a Poisson batch."""
+    return config.privacy.sampling_rate or min(1.0, config.train.batch_rows / max(1, samples))
+
+
 def results_folder(config: RunConfig) -> Path:
     """Return the absolute folder of the run."""
     return rules.results_folder(config)

@@ -39,6 +39,11 @@ def broken(config: RunConfig) -> Iterator[str]:
     privacy = config.privacy
     if privacy.ledgers and not Path(privacy.ledgers).is_absolute():
         yield f"'privacy.ledgers' = '{privacy.ledgers}' is not allowed: it must be an absolute path"
+    if privacy.ledgers and config.job == "compare":
+        yield (
+            f"'privacy.ledgers' = '{privacy.ledgers}' is not allowed with 'job' = 'compare', whose"
+            " experiments would spend each other's budgets; it must be empty"
+        )
     yield from _masked(config)
     if not privacy.on:
         return
@@ -224,11 +229,10 @@ def _masked(config: RunConfig) -> Iterator[str]:
             f"{key} is not allowed with 'privacy.mechanism' = '{privacy.mechanism}'; it must be false, or the"
             " mechanism 'client'"
         )
-    wanted = config.train.cohort or config.train.devices
-    if wanted < SUMMED:
+    if config.train.wanted < SUMMED:
         yield (
-            f"{key} is not allowed with {wanted} devices a round, whose sum hides little; there must be"
-            f" {SUMMED} or more"
+            f"{key} is not allowed with {config.train.wanted} devices a round, whose sum hides little; there"
+            f" must be {SUMMED} or more"
         )
     if config.fleet.profiles == "none":
         return

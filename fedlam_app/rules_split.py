@@ -26,11 +26,6 @@ def broken(config: RunConfig) -> str | None:
     return None
 
 
-def takes_part(config: RunConfig) -> int:
-    """Return the devices of a step."""
-    return config.train.cohort or config.train.devices
-
-
 def _server(config: RunConfig) -> Iterator[str]:
     model, strategy = config.model, config.strategy
     if not has_backbone(config):
@@ -105,7 +100,7 @@ def blocks(config: RunConfig) -> Iterator[str]:
 
 
 def _robust(config: RunConfig) -> Iterator[str]:
-    n, robust = takes_part(config), config.robust
+    n, robust = config.train.wanted, config.robust
     if config.strategy == "multi-krum" and n <= 2 * robust.byzantine + 2:
         yield (
             f"'robust.byzantine' = {robust.byzantine} needs more than {2 * robust.byzantine + 2} devices in a"
@@ -119,7 +114,7 @@ def _robust(config: RunConfig) -> Iterator[str]:
 
 
 def _buffer(config: RunConfig) -> Iterator[str]:
-    n, buffer = takes_part(config), config.fedbuff.buffer
+    n, buffer = config.train.wanted, config.fedbuff.buffer
     if config.strategy == "fedbuff" and buffer > n:
         yield f"'fedbuff.buffer' = {buffer} could never fill: {n} devices are at work; it must be 1 to {n}"
 

@@ -32,7 +32,7 @@ def broken(config: RunConfig) -> Iterator[str]:
     yield from _files(config)
     selection, wireless = config.selection, config.wireless
     mode = f"'selection.mode' = '{selection.mode}'"
-    wanted = config.train.cohort or config.train.devices
+    wanted = config.train.wanted
     if config.job == "case-study":
         yield (
             f"'fleet.profiles' = '{config.fleet.profiles}' is not allowed with 'job' = 'case-study', whose"

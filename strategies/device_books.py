@@ -3,7 +3,9 @@
 A book is opened with a device's first charge. Where everybody is charged in every step, by the chance of
 having taken part, devices whose books say the same share one: a step of a hundred thousand devices costs as
 many charges as there are budgets. Books are saved with the run's state. In ``privacy.ledgers`` they outlive
-it, as files that are written before anything is released; of two copies the one that has spent more is true.
+it, as files that are written before anything is released; of two copies the one that has spent more is true,
+and runs that have one folder take turns. Without a folder a server that is killed forgets the round that it
+was in: begun again it is the same release where the same devices answer, and one too many where others do.
 """
 
 from __future__ import annotations
@@ -11,13 +13,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlam_app.base.store import atomic_file
-from fedlam_app.privacy.accounting import EXACT, BudgetSpent, Ledger, Release
+from fedlam_app.base.store import atomic_file, cache_root, locked
+from fedlam_app.config import RunConfig
+from fedlam_app.privacy.accounting import EXACT, BudgetSpent, Ledger, Release, kept
+from fedlam_app.privacy.noise import secret
 from fedlam_app.tables.privacy import PrivacyConfig
 
 Arrays = dict[str, NDArray[np.generic]]
@@ -32,8 +37,7 @@ class Books:
         self.folder = Path(privacy.ledgers) if privacy.ledgers else None
         self.open: dict[int, Ledger] = {}
         found = {k: self._on_disk(k) for k in self.devices} if self.folder else {}
-        kept = {k: ledger for k, ledger in found.items() if ledger is not None}
-        texts = {k: ledger.to_json() for k, ledger in kept.items()}
+        texts = {k: ledger.to_json() for k, ledger in found.items() if ledger is not None}
         if together:
             blank = {b: self._blank(b).to_json() for b in set(map(privacy.budget, self.devices))}
             texts = {k: texts.get(k, blank[privacy.budget(k)]) for k in self.devices}
@@ -73,13 +77,15 @@ class Books:
 
     def charge(self, devices: Collection[int], release: Release) -> dict[int, str]:
         """Write a release down for these devices, on the disk too; returns their books as JSON."""
-        books = {k: self.open.setdefault(k, self.of(k)) for k in devices}
-        for ledger in {id(book): book for book in books.values()}.values():
-            ledger.charge(release)
-        told = self.texts(devices)
-        if self.folder:
-            for k, text in told.items():
-                with atomic_file(self.folder / f"{k}.json") as file:
+        folder = self.folder
+        with locked(folder) if folder else nullcontext():
+            self._catch_up(devices)
+            books = {k: self.open.setdefault(k, self.of(k)) for k in devices}
+            for ledger in {id(book): book for book in books.values()}.values():
+                ledger.charge(release)
+            told = self.texts(devices)
+            for k, text in told.items() if folder else ():
+                with atomic_file(folder / f"{k}.json") as file:  # type: ignore[operator]
                     file.write_text(text, encoding="utf-8")
         return told
 
@@ -102,14 +108,26 @@ class Books:
     def load(self, state: Arrays) -> None:
         """Continue from :meth:`state`, and take what was its out of ``state``."""
         texts = json.loads(state.pop("privacy.books").tobytes())
-        kept = {k: texts[place] for k, place in state.pop("privacy.owners").tolist()}
+        books = {k: texts[place] for k, place in state.pop("privacy.owners").tolist()}
         for k in self.devices if self.folder else ():
             found = self._on_disk(k)
-            if found is not None and (k not in kept or found.epsilon > Ledger.from_json(kept[k]).epsilon):
-                kept[k] = found.to_json()
-        self._take(kept)
+            if found is not None and (k not in books or found.epsilon > Ledger.from_json(books[k]).epsilon):
+                books[k] = found.to_json()
+        self._take(books)
 
     # --- helpers ------------------------------------------------------------------------------------
+
+    def _catch_up(self, devices: Collection[int]) -> None:
+        """Take in what another experiment has written into these devices' books since."""
+        if self.folder is None:
+            return
+        paths = {k: self.folder / f"{k}.json" for k in devices}
+        mine = self.texts(k for k in devices if k in self.open)
+        new = [k for k, path in paths.items() if path.is_file() and path.read_text("utf-8") != mine.get(k)]
+        found = {k: ledger for k in new if (ledger := self._on_disk(k)) is not None}
+        ahead = {k: ledger for k, ledger in found.items() if ledger.epsilon > self.of(k).epsilon}
+        if ahead:
+            self._take(self.texts() | {k: ledger.to_json() for k, ledger in ahead.items()})
 
     def _take(self, texts: Mapping[int, str]) -> None:
         """Open these books: one for all who share it where releases are charged together, else one each."""
@@ -122,17 +140,8 @@ class Books:
     def _on_disk(self, device: int) -> Ledger | None:
         """Return the book that earlier runs left, at this run's budget."""
         assert self.folder is not None
-        path = self.folder / f"{device}.json"
-        if not path.is_file():
-            return None
-        ledger = Ledger.from_json(path.read_text(encoding="utf-8"))
-        if ledger.delta != self.privacy.delta:
-            raise ValueError(
-                f"device {device} keeps its ledger at delta = {ledger.delta:g} ({path}), and"
-                f" 'privacy.delta' = {self.privacy.delta:g}; they must be the same"
-            )
-        ledger.budget = self.privacy.budget(device)
-        return ledger
+        path, privacy = self.folder / f"{device}.json", self.privacy
+        return kept(path, device, privacy.budget(device), privacy.delta)
 
     @staticmethod
     def _least(ledger: Ledger, q: float, events: int) -> float:
@@ -140,3 +149,8 @@ class Books:
             return ledger.calibrate(q, events)
         except BudgetSpent:
             return 0.0
+
+
+def server_secret(config: RunConfig) -> bytes:
+    """Return the 32 bytes that the server's noise comes from."""
+    return secret(config.privacy.randomness, config.seed, cache_root(config.data.cache) / "server")

@@ -33,30 +33,28 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlam_app.base.store import cache_root
 from fedlam_app.base.vectors import Vector
 from fedlam_app.config import RunConfig, experiment
 from fedlam_app.privacy.accounting import Release
 from fedlam_app.privacy.adaptive_clip import BIT_SHARE, bit_std, clipped, moved, sum_noise, whole_share
-from fedlam_app.privacy.noise import Stream, digest, secret
+from fedlam_app.privacy.noise import Stream, digest
 from fedlam_app.rules_wireless import has_fleet
 from strategies.algorithm import Algorithm
-from strategies.device_books import Arrays, Books
+from strategies.device_books import Arrays, Books, server_secret
 from strategies.participation import Turn
 from strategies.reception import Doubles, Straight
 
 
 def expected_devices(config: RunConfig) -> int:
     """Return m: how many updates a step is made of where all goes as planned."""
-    wanted = config.train.cohort or config.train.devices
+    wanted = config.train.wanted
     asynchronous = has_fleet(config) and config.selection.mode == "asynchronous"
     return min(config.fedbuff.buffer, wanted) if asynchronous else wanted
 
 
 def participations(config: RunConfig, space: str) -> tuple[float, int]:
     """Return (q, events): what a device of the plan is charged for in a run."""
-    steps = config.train.rounds * (config.train.local_steps if space == "gradient" else 1)
-    wanted, devices = expected_devices(config), config.train.devices
+    wanted, devices, steps = expected_devices(config), config.train.devices, config.train.steps(space)
     if config.privacy.cohort == "poisson":
         return wanted / devices, steps
     return 1.0, -(-steps * wanted // devices)  # rounded up
@@ -101,7 +99,7 @@ class DeviceDp(Straight):
         self.poisson = privacy.cohort == "poisson"
         self.expected = expected_devices(config)
         self.chance, _ = participations(config, algorithm.space)
-        self.last = config.train.rounds * (config.train.local_steps if algorithm.space == "gradient" else 1)
+        self.last = config.train.steps(algorithm.space)
         self.books = Books(privacy, algorithm.devices, self.poisson)
         self.z = planned_noise(config, algorithm.space, self.books)
         self.clip = privacy.clip
@@ -185,7 +183,9 @@ class DeviceDp(Straight):
             broke = self.books.cannot_pay(there, release)
             payers = [k for k in there if k not in broke]
         name = digest(self._run, number, self.clip, z, self.expected, total, self.bits)
-        self.told |= self.books.charge(payers, self._release(number, z, name))  # before anything is released
+        # Whoever reads a ledger could try totals against their digest: only what the secret makes of it.
+        said = Stream(self._secret, "said", name).bytes(16).hex()
+        self.told |= self.books.charge(payers, self._release(number, z, said))  # before anything is released
         noise = Stream(self._secret, "devices", number, name)
         bits = self._bits(noise, z)
         total = total + noise.normal(len(total), self._sum_noise(z) * self.clip)
@@ -216,8 +216,7 @@ class DeviceDp(Straight):
 
     @cached_property
     def _secret(self) -> bytes:
-        folder = cache_root(self.config.data.cache) / "server"
-        return secret(self.privacy.randomness, self.config.seed, folder)
+        return server_secret(self.config)
 
     @cached_property
     def _run(self) -> str:

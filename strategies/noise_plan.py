@@ -24,7 +24,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlam_app.config import RunConfig
+from fedlam_app.config import RunConfig, sampling_rate
 from fedlam_app.privacy.accounting import Ledger
 from fedlam_app.privacy.schedule import Prices, even_share, late_weights, rescaled, variances
 from strategies.participation import Arrays, Turn
@@ -43,11 +43,11 @@ class Even:
         """``examples`` (N,) are the devices', ``steps`` the turns of the run."""
         self.config, self.examples = config, examples
         self.mechanism, train = config.privacy.mechanism, config.train
-        share = min(1.0, (train.cohort or train.devices) / train.devices)
         batches = max(1, -(-int(examples.sum()) // (train.devices * train.batch_rows)))
         self.each = batches if self.mechanism in BY_EPOCH else 1  # turns of a release
         self.total = -(-steps // self.each)  # releases of the run
-        self.own = math.ceil(self.total * share) if self.mechanism == "dp-sgd" else self.total  # of a device
+        share = train.share if self.mechanism == "dp-sgd" else 1.0
+        self.own = math.ceil(self.total * share)  # of a device
 
     def release(self, number: int) -> int:
         """Return which release (0-based) a turn belongs to."""
@@ -57,10 +57,9 @@ class Even:
         """Return the sampling rate of an event, and the events of a release."""
         privacy, train = self.config.privacy, self.config.train
         if self.mechanism == "dp-sgd":
-            rate = privacy.sampling_rate or min(1.0, train.batch_rows / self.examples[device])
-            return float(rate), train.local_steps
+            return sampling_rate(self.config, float(self.examples[device])), train.local_steps
         if self.mechanism == "client" and privacy.cohort == "poisson":
-            return min(1.0, (train.cohort or train.devices) / train.devices), 1
+            return train.share, 1
         return 1.0, 1
 
     def z(self, device: int) -> float:

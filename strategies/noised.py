@@ -121,5 +121,4 @@ def noised(
     inner: Participation, config: RunConfig, space: str, examples: Doubles, entries: int, also: Said
 ) -> Noised:
     """Return a participation of a rule of that ``space``, with what its turns say of noise."""
-    steps = config.train.rounds * (config.train.local_steps if space == "gradient" else 1)
-    return Noised(inner, Even(config, examples, steps), entries, also)
+    return Noised(inner, Even(config, examples, config.train.steps(space)), entries, also)

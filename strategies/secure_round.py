@@ -164,8 +164,6 @@ class MaskedPayloads(Payloads):
     """What a round of masked updates asks of each link: the vector, and all that opens the masks."""
 
     def of(self, number: int) -> tuple[Bytes, Bytes]:
-        train = self.algorithm.config.train
-        devices = train.cohort or train.devices
-        up, down = super().of(number)
-        more_up, more_down = overhead(devices, self.algorithm.config.privacy.neighbours)
+        config, (up, down) = self.algorithm.config, super().of(number)
+        more_up, more_down = overhead(config.train.wanted, config.privacy.neighbours)
         return up + more_up, down + more_down

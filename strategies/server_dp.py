@@ -32,17 +32,16 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlam_app.base.store import cache_root
 from fedlam_app.config import RunConfig, experiment
 from fedlam_app.models.split import SplitModel
 from fedlam_app.privacy.accounting import BudgetSpent, Ledger, Release
-from fedlam_app.privacy.noise import Stream, digest, secret
+from fedlam_app.privacy.noise import Stream, digest
 from fedlam_app.rules_wireless import has_fleet
 from fedlam_app.tasks.base import Task
 from fedlam_app.tasks.text import TextTask
 from strategies.algorithm import Algorithm
 from strategies.base import Cost, Grid
-from strategies.device_books import Books
+from strategies.device_books import Books, server_secret
 from strategies.hands import Hands
 from strategies.large_model import PerSample
 from strategies.link import Answer, Ids, Rows
@@ -71,10 +70,7 @@ class TrustedFederation(SplitFederation):
         self.rates = {k: task.rate(k) for k in devices}
         self.expected = {k: self.rates[k] * task.examples(k) for k in devices}  # samples a step
         self.noise = self._planned()
-        self._run = experiment(config)
-        self._secret = secret(
-            config.privacy.randomness, config.seed, cache_root(config.data.cache) / "server"
-        )
+        self._run, self._secret = experiment(config), server_secret(config)
         self._paying: list[int] = []
 
     def train_round(self, grid: Grid, number: int) -> Cost:
@@ -105,17 +101,20 @@ class TrustedFederation(SplitFederation):
 
     def _close(self, step: int) -> None:
         """Add the noise, and give the rule one gradient."""
-        if self._paying:
+        # A step that is begun again, with other answers than at first, is another release, and is charged.
+        name = digest(self._run, step, self._total, self._std)
+        said = Stream(self._secret, "said", name).bytes(16).hex()
+        if self._paying and all(self._pays(k, step, "sum", said) for k in self._paying):
             expected = sum(self.expected[k] for k in self._paying)
-            stream = Stream(self._secret, "server-dp-sgd", step, digest(self._total, self._std))
+            stream = Stream(self._secret, "server-dp-sgd", step, name)
             noised = self._total + stream.normal(self._total.shape, self._std)
             self.algorithm.fold(self._paying[0], noised / expected, 1.0)  # type: ignore[arg-type]  # float64
         super()._close(step)
 
-    def _pays(self, device: int, step: int) -> bool:
-        """Charge a device for a step; false where its budget does not allow it."""
-        group = f"{self._run} step {step}"
-        release = Release(group=group, digest=group, z=self.noise[device], q=self.rates[device])
+    def _pays(self, device: int, step: int, part: str = "", said: str = "") -> bool:
+        """Charge a device for a step, or for another sum of it; false where its budget does not allow it."""
+        group, z = f"{self._run} step {step}", self.noise[device]
+        release = Release(group=group, part=part, digest=said or group, z=z, q=self.rates[device])
         try:
             self.books.charge([device], release)
         except BudgetSpent as error:
@@ -130,7 +129,7 @@ class TrustedFederation(SplitFederation):
         config, known = self.config, dict[tuple[str, float, int], float]()
         if config.privacy.noise_multiplier:
             return dict.fromkeys(self.devices, config.privacy.noise_multiplier)
-        last = config.train.rounds * config.train.local_steps
+        last = config.train.steps("gradient")
         steps = Counter(dict.fromkeys(self.devices, last))
         if not has_fleet(config):  # then who takes part is known beforehand
             steps = Counter(k for number in range(1, last + 1) for k in self.algorithm.cohort(number))

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from fedlam_app.base.split_bytes import downlink_bytes, uplink_bytes
 from fedlam_app.config import RunConfig
 from fedlam_app.models.split import SplitModel
-from fedlam_app.rules_split import takes_part
 from fedlam_app.tasks.base import Cost, Selection
 from fedlam_app.wireless.fleet import Load
 from strategies.loads import FLOAT_BYTES, Doubles, samples_a_step, split_load
@@ -80,7 +79,7 @@ class SplitMeter(Unmetered):
         batches = np.maximum(self.examples / samples_a_step(self.config, self.examples), 1.0)
         fresh = (1.0 - 1.0 / batches) ** self.worked if cached else np.ones(len(self.worked))
         args = self.config, self.cost, self.width, self.examples
-        return split_load(*args, fresh, takes_part(self.config), round(self.modules), self.crossing)
+        return split_load(*args, fresh, self.config.train.wanted, round(self.modules), self.crossing)
 
     def went_down(self, device: int, rows: int, graded: int, modules: int) -> None:
         self._down(device, rows=rows, graded=graded, modules=modules)

@@ -83,7 +83,7 @@ class Wireless(Participation):
         self.history = History(count)
         self.link = self.fleet.link
         self.band_hz = config.wireless.band_mhz * 1e6
-        self.wanted = min(config.train.cohort or count, count)
+        self.wanted = min(config.train.wanted, count)
         self.now, self.tally = 0.0, Tally()
         self.by_examples = True  # whether results are weighted by devices' examples, and not by batches
         self.forward = 1.0 / 3.0  # of a training step's work: a poll for the loss runs no backward pass

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,11 +91,21 @@ def test_prv_is_tighter_and_never_below_the_truth() -> None:
         assert ledger.prv() <= ledger.epsilon
 
 
+def test_a_prv_look_leaves_the_log_as_it_was() -> None:
+    """Opacus hangs a handler on the root logger where it is imported first."""
+    code = (
+        "import logging; from fedlam_app.privacy.accounting import Ledger;"
+        "Ledger(9.0, 1e-5, [(0.1, 2.0, 9)]).prv(); print(logging.getLogger().handlers)"
+    )
+    assert alone(code) == "[]"
+
+
 def test_fifty_rounds_of_ten_steps_survive_a_kill(tmp_path: Path) -> None:
     """A process is killed in the middle of its spends; another goes on, and repeats the last round's name."""
     code = """
 import os, sys
 from pathlib import Path
+from typing import Any
 from clients.ledgers import Ledgers
 from fedlam_app.config import parse
 from fedlam_app.privacy.accounting import Release
@@ -209,6 +220,37 @@ def test_no_noise_is_no_privacy() -> None:
         Ledger(100.0, 1e-5).charge(step(1, z=0.0))
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [{"steps": -5}, {"steps": 0}, {"z": -1.0}, {"z": math.nan}, {"q": 1.5}, {"q": -0.1}, {"pure": -1.0}],
+)
+def test_nothing_gives_a_budget_back(asked: dict[str, Any]) -> None:
+    """Steps and noise come from the server."""
+    with pytest.raises(ValueError, match="no release has"):
+        Release(group="a", **{"z": 1.0, "q": 0.1, **asked})
+    assert math.isinf(Ledger(1.0, 1e-5).after(Release(group="a", z=1e-9, q=0.1)))  # nor takes all memory
+
+
+@pytest.mark.parametrize(
+    "asked", [{"steps": -5}, {"steps": 0}, {"z": -1.0}, {"z": math.nan}, {"q": 1.5}, {"q": -0.1}, {"pure": -1.0}]
+)
+def test_nothing_gives_a_budget_back(asked: dict[str, Any]) -> None:
+    """Steps and noise come from the server."""
+    with pytest.raises(ValueError, match="no release has"):
+        Release(group="a", **{"z": 1.0, "q": 0.1, **asked})
+    assert math.isinf(Ledger(1.0, 1e-5).after(Release(group="a", z=1e-9, q=0.1)))  # nor takes all memory
+
+
+@pytest.mark.parametrize(
+    "asked", [{"steps": -5}, {"steps": 0}, {"z": -1.0}, {"z": math.nan}, {"q": 1.5}, {"q": -0.1}, {"pure": -1.0}]
+)
+def test_nothing_gives_a_budget_back(asked: dict[str, Any]) -> None:
+    """Steps and noise come from the server."""
+    with pytest.raises(ValueError, match="no release has"):
+        Release(group="a", **{"z": 1.0, "q": 0.1, **asked})
+    assert math.isinf(Ledger(1.0, 1e-5).after(Release(group="a", z=1e-9, q=0.1)))  # nor takes all memory
+
+
 def test_small_epsilons_can_be_told() -> None:
     """Opacus' own orders end at 63, and cannot report less than 0.103."""
     assert Ledger(0.05, 1e-5).calibrate(0.1, 100) < 100.0
@@ -236,11 +278,10 @@ def test_no_torch_is_needed() -> None:
         "import sys; from fedlam_app.privacy.accounting import Ledger;"
         "Ledger(1.0, 1e-5).calibrate(0.1, 9); print('torch' in sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(accounting.__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == "False"
+    assert alone(code) == "False"
+
+
+def alone(code: str) -> str:
+    """Return what a fresh process prints."""
+    command, root = [sys.executable, "-c", code], Path(accounting.__file__).parents[2]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()

@@ -23,7 +23,7 @@ from fedlam_app.config import ConfigError, Scalar, parse
 from fedlam_app.experiments.federate import federate
 from fedlam_app.grid import InProcessGrid
 from fedlam_app.privacy import adaptive_clip
-from fedlam_app.privacy.accounting import Ledger, Release, joint
+from fedlam_app.privacy.accounting import Ledger, joint
 from fedlam_app.privacy.adaptive_clip import clipped, sum_noise
 from fedlam_app.tasks import TASKS
 from strategies.base import Federation
@@ -315,6 +315,36 @@ def test_it_is_written_down_before_it_is_released() -> None:
     assert seen == [pytest.approx(Ledger(1, 1e-5, [(1.0, 1.0, 1)]).epsilon)]
 
 
+def test_the_ledger_does_not_let_totals_be_tried() -> None:
+    names = []
+    for secret in (b"one", b"two"):
+        dp = reception(privacy__noise_multiplier=1.0)
+        dp.__dict__["_secret"] = secret
+        heard(dp, np.ones((2, 6)))
+        names.append(dp.books.of(0).parts[""])
+    assert names[0] != names[1]
+
+
+def test_the_ledger_does_not_let_totals_be_tried() -> None:
+    names = []
+    for secret in (b"one", b"two"):
+        dp = reception(privacy__noise_multiplier=1.0)
+        dp.__dict__["_secret"] = secret
+        heard(dp, np.ones((2, 6)))
+        names.append(dp.books.of(0).parts[""])
+    assert names[0] != names[1]
+
+
+def test_the_ledger_does_not_let_totals_be_tried() -> None:
+    names = []
+    for secret in (b"one", b"two"):
+        dp = reception(privacy__noise_multiplier=1.0)
+        dp.__dict__["_secret"] = secret
+        heard(dp, np.ones((2, 6)))
+        names.append(dp.books.of(0).parts[""])
+    assert names[0] != names[1]
+
+
 # --- the clip that follows a quantile ---------------------------------------------------------------------
 
 
@@ -533,6 +563,44 @@ def test_what_earlier_runs_spent_counts(tmp_path: Path, cohort: str) -> None:
         federation_of(with_keys(flat, privacy__delta=1e-3))
 
 
+@pytest.mark.parametrize("cohort", ["visible", "poisson"])
+def test_runs_side_by_side_have_one_book(tmp_path: Path, cohort: str) -> None:
+    keys: Flat = {"privacy__ledgers": str(tmp_path), "privacy__noise_multiplier": 2.0, "train__rounds": 2}
+    flats = [
+        dp_run(seed=seed, privacy__target_epsilon=1e3, privacy__cohort=cohort, **keys) for seed in (7, 3)
+    ]
+    runs = [(federation_of(flat), InProcessGrid(app, 1, flat)) for flat in flats]
+    for number in (1, 2):
+        for federation, grid in runs:
+            federation.train_round(grid, number)
+    book = Ledger.from_json((tmp_path / "0.json").read_text())
+    assert [steps for _, _, steps in book.events] == [4]
+
+
+@pytest.mark.parametrize("cohort", ["visible", "poisson"])
+def test_runs_side_by_side_have_one_book(tmp_path: Path, cohort: str) -> None:
+    keys: Flat = {"privacy__ledgers": str(tmp_path), "privacy__noise_multiplier": 2.0, "train__rounds": 2}
+    flats = [dp_run(seed=seed, privacy__target_epsilon=1e3, privacy__cohort=cohort, **keys) for seed in (7, 3)]
+    runs = [(federation_of(flat), InProcessGrid(app, 1, flat)) for flat in flats]
+    for number in (1, 2):
+        for federation, grid in runs:
+            federation.train_round(grid, number)
+    book = Ledger.from_json((tmp_path / "0.json").read_text())
+    assert [steps for _, _, steps in book.events] == [4]
+
+
+@pytest.mark.parametrize("cohort", ["visible", "poisson"])
+def test_runs_side_by_side_have_one_book(tmp_path: Path, cohort: str) -> None:
+    keys: Flat = {"privacy__ledgers": str(tmp_path), "privacy__noise_multiplier": 2.0, "train__rounds": 2}
+    flats = [dp_run(seed=seed, privacy__target_epsilon=1e3, privacy__cohort=cohort, **keys) for seed in (7, 3)]
+    runs = [(federation_of(flat), InProcessGrid(app, 1, flat)) for flat in flats]
+    for number in (1, 2):
+        for federation, grid in runs:
+            federation.train_round(grid, number)
+    book = Ledger.from_json((tmp_path / "0.json").read_text())
+    assert [steps for _, _, steps in book.events] == [4]
+
+
 # --- runs -------------------------------------------------------------------------------------------------
 
 
@@ -654,6 +722,7 @@ FLEET: Flat = {"fleet.profiles": "mixed"}
         (FLEET | {"selection.policy": "importance"}, "'importance', which chooses by the norms"),
         (FLEET | {"privacy.cohort": "poisson"}, "'privacy.cohort' = 'poisson' is not allowed with 'fleet"),
         ({"privacy.quantile": 0.5}, "'privacy.quantile' = 0.5 is not allowed with 4 devices a step"),
+        ({"job": "compare", "privacy.ledgers": "/tmp"}, "'/tmp' is not allowed with 'job' = 'compare'"),
         ({"privacy.noise-multiplier": 0.1}, "no device's privacy budget has room for one step"),
     ],
 )
@@ -665,4 +734,3 @@ def test_what_would_break_the_promise_is_refused(flat: Flat, why: str) -> None:
 def test_what_is_left_is_allowed() -> None:
     checks.check(parse(dp_run()))
     checks.check(parse(dp_run(privacy__quantile=0.5, privacy__noise_multiplier=2.0, train__devices=60)))
-    assert Release(group="a").z == math.inf

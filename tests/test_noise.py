@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,45 @@ def test_ledgers_outlive_a_run_where_they_are_told_to(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="must be the same"):
         other.of(0)
+
+
+def test_charges_at_once_are_all_written_down(tmp_path: Path) -> None:
+    """Experiments side by side may have one book, in threads and processes of their own."""
+    from fedlam_app.privacy.accounting import Release
+
+    flat: dict[str, Scalar] = {**tiny_mixture_run(), "privacy.mechanism": "dp-sgd"}
+    config = parse({**flat, "privacy.ledgers": str(tmp_path)})
+
+    def charge(number: int) -> None:
+        Ledgers(config, tmp_path / "own").charge(3, Release(group=str(number), z=50.0))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(charge, range(40)))
+    assert Ledgers(config, tmp_path / "own").of(3).events == [(1.0, 50.0, 40)]
+
+
+def test_charges_at_once_are_all_written_down(tmp_path: Path) -> None:
+    """Experiments side by side may have one book, in threads and processes of their own."""
+    config = parse({"privacy.mechanism": "dp-sgd", "privacy.ledgers": str(tmp_path)})
+
+    def charge(number: int) -> None:
+        Ledgers(config, tmp_path / "own").charge(3, Release(group=str(number), z=50.0))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(charge, range(40)))
+    assert Ledgers(config, tmp_path / "own").of(3).events == [(1.0, 50.0, 40)]
+
+
+def test_charges_at_once_are_all_written_down(tmp_path: Path) -> None:
+    """Experiments side by side may have one book, in threads and processes of their own."""
+    config = parse({"privacy.mechanism": "dp-sgd", "privacy.ledgers": str(tmp_path)})
+
+    def charge(number: int) -> None:
+        Ledgers(config, tmp_path / "own").charge(3, Release(group=str(number), z=50.0))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(charge, range(40)))
+    assert Ledgers(config, tmp_path / "own").of(3).events == [(1.0, 50.0, 40)]
 
 
 def test_of_two_copies_the_dearer_is_true(tmp_path: Path) -> None:

@@ -173,6 +173,14 @@ def test_no_sample_adds_more_than_the_clip(scale: float) -> None:
     assert scale < 1.0 or float(norms.min()) >= 0.7 * (1 - 1e-5)  # and it is used up
 
 
+@pytest.mark.parametrize("clip", [1e-3, 0.1, 1.0])
+def test_a_sample_of_the_largest_numbers_keeps_to_the_clip(clip: float) -> None:
+    """A server may send weights for which a factor has few bits left."""
+    huge = 3e38 * torch.linspace(0.5, 1.0, 100_000)[None]
+    for found in (huge, huge * 1e-8):
+        assert float(clipped_sum([found], clip)[0].double().norm()) <= clip * (1 + 1e-6)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_sample_that_is_not_finite_adds_nothing(value: float) -> None:
     found, clean = drawn(6), drawn(6)

@@ -56,7 +56,7 @@ def test_the_joint_power_is_what_an_optimiser_finds() -> None:
         assert float(sent.amplitude) == pytest.approx(power / signal if free else found.x[0], rel=1e-5)
 
 
-def test_over_the_air_the_numbers_of_the_reference() -> None:
+def test_over_the_air_the_numbers_of_one_example() -> None:
     """K = 10, |h| = 0.192, C = 1, S = 8, d = 1000, N0 = 1, z = 2."""
     parts = {0.1: (4.167, 0.0), 1.0: (1.841, 0.781), 10.0: (0.995, 1.735), 100.0: (0.350, 1.969)}
     for power, (from_air, artificial) in parts.items():
@@ -98,7 +98,7 @@ def test_simulated_noise_is_that_of_the_formulas() -> None:
 # --- schedules --------------------------------------------------------------------------------------------
 
 
-def test_late_weights_save_what_the_reference_says_and_what_an_optimiser_finds() -> None:
+def test_late_weights_save_what_an_optimiser_finds() -> None:
     weights = late_weights(20, 0.9)
     v = variances(weights, 1.0)
     assert (weights * variances(weights, 5.0)).sum() == pytest.approx(32.2, abs=0.05)

@@ -16,13 +16,13 @@ import torch
 
 from clients.adapter import Worker
 from clients.ledgers import Ledgers
-from clients.private import PASS, chunks, gaussian, poisson, sampling_rate
+from clients.private import PASS, chunks, gaussian, poisson
 from fedlam_app import client_app
 from fedlam_app.base.records import TrainOrder
 from fedlam_app.base.schedule import learning_rate
 from fedlam_app.checks import check
 from fedlam_app.client_app import app
-from fedlam_app.config import ConfigError, Scalar, parse
+from fedlam_app.config import ConfigError, Scalar, parse, sampling_rate
 from fedlam_app.experiments.cells import cells_of
 from fedlam_app.experiments.federate import federate
 from fedlam_app.experiments.run import run_cells
@@ -155,22 +155,22 @@ def test_a_step_is_the_clipped_sum_and_the_noise_over_the_expected_batch(points:
         return real(device, *key)
 
     worker.ledgers.stream = stream  # type: ignore[method-assign]
-    vector, _ = worker.train(worker.initial, 0, 2)
-    (draw,) = streams
+    vectors = [worker.train(worker.initial, 0, number)[0] for number in (1, 2, 3)]
     task, train, samples = worker.task, worker.config.train, worker.task.examples(0)
-    q = 8 / samples
-    ids = np.flatnonzero(draw.uniform(samples) < q)
-    assert len(ids) not in (0, 8)  # the batch's own size is not what it is divided by
-    total = np.zeros(len(vector))
     model = task.build_model().train()
-    parameters = list(model.trainable().values())
-    for i in ids:
-        alone = torch.autograd.grad(task.loss(model, task.of(0, np.array([i]))), parameters)
-        row = torch.cat([g.flatten() for g in alone]).double().numpy()
-        total += row * min(1.0, 1.0 / np.linalg.norm(row))
-    total += draw.normal(len(vector), 0.5)
-    expected = worker.initial - learning_rate(train.lr, train.rounds, 2) * total / 8
-    np.testing.assert_allclose(vector, expected, rtol=1e-5, atol=1e-6)
+    parameters, sizes = list(model.trainable().values()), set[int]()
+    for number, (vector, draw) in enumerate(zip(vectors, streams, strict=True), 1):
+        ids = np.flatnonzero(draw.uniform(samples) < 8 / samples)
+        sizes.add(len(ids))
+        total = np.zeros(len(vector))
+        for i in ids:
+            alone = torch.autograd.grad(task.loss(model, task.of(0, np.array([i]))), parameters)
+            row = torch.cat([g.flatten() for g in alone]).double().numpy()
+            total += row * min(1.0, 1.0 / np.linalg.norm(row))
+        total += draw.normal(len(vector), 0.5)
+        expected = worker.initial - learning_rate(train.lr, train.rounds, number) * total / 8
+        np.testing.assert_allclose(vector, expected, rtol=1e-5, atol=1e-6)
+    assert sizes - {0, 8}  # the batch's own size is not what it is divided by
 
 
 def test_gaussian_cuts_one_draw_into_shapes() -> None:
@@ -192,6 +192,66 @@ def test_a_repeated_round_is_the_same_to_the_bit_and_costs_nothing(texts: Flat) 
     np.testing.assert_array_equal(first.vector, again.vector)
     assert worker.ledgers.of(0).to_json() == book
     assert first.norm > 0.0
+
+
+def test_another_rank_is_another_question(texts: Flat) -> None:
+    """The same vector: only what gets noise differs, and from the second step on what it is added to."""
+    worker = worker_of({**texts, "strategy": "hetlora", "privacy.noise-multiplier": 2.0})
+    has = worker.layout.within(2)
+    start = np.where(has, worker.initial, np.float32(0))
+    low = order_of(worker, ranks=[2, 2], vectors=start[has], sizes=[int(has.sum())])
+    before = worker.obey(low, 0).vector - start[has]
+    after = (worker.obey(order_of(worker, vectors=start), 0).vector - start)[has]
+    assert abs(np.corrcoef(before, after)[0, 1]) < 4.0 / len(before) ** 0.5
+    assert sum(steps for _, _, steps in worker.ledgers.of(0).events) == 4
+
+
+@pytest.mark.parametrize("order", [{"steps": [-9, -9]}, {"noise": [-1.0, 1.0]}, {"noise": [np.nan, 1.0]}])
+def test_an_order_that_would_give_budget_back_is_refused(points: Flat, order: dict[str, Any]) -> None:
+    worker = worker_of({**points, "privacy.noise-multiplier": 1.0, "seed": 47})
+    with pytest.raises(ValueError, match="no release has"):
+        worker.obey(order_of(worker, **order), 0)
+    assert worker.ledgers.of(0).epsilon == 0.0
+
+
+def test_another_rank_is_another_question(texts: Flat) -> None:
+    """The same vector: only what gets noise differs, and from the second step on what it is added to."""
+    worker = worker_of({**texts, "strategy": "hetlora", "privacy.noise-multiplier": 1.0})
+    has = worker.layout.within(2)
+    start = np.where(has, worker.initial, np.float32(0))
+    low = order_of(worker, ranks=[2, 2], vectors=start[has], sizes=[int(has.sum())])
+    before = worker.obey(low, 0).vector - start[has]
+    after = (worker.obey(order_of(worker, vectors=start), 0).vector - start)[has]
+    assert abs(np.corrcoef(before, after)[0, 1]) < 4.0 / len(before) ** 0.5
+    assert sum(steps for _, _, steps in worker.ledgers.of(0).events) == 4
+
+
+@pytest.mark.parametrize("order", [{"steps": [-9, -9]}, {"noise": [-1.0, 1.0]}, {"noise": [np.nan, 1.0]}])
+def test_an_order_that_would_give_budget_back_is_refused(points: Flat, order: dict[str, Any]) -> None:
+    worker = worker_of({**points, "privacy.noise-multiplier": 1.0, "seed": 47})
+    with pytest.raises(ValueError, match="no release has"):
+        worker.obey(order_of(worker, **order), 0)
+    assert worker.ledgers.of(0).epsilon == 0.0
+
+
+def test_another_rank_is_another_question(texts: Flat) -> None:
+    """The same vector: only what gets noise differs, and from the second step on what it is added to."""
+    worker = worker_of({**texts, "strategy": "hetlora", "privacy.noise-multiplier": 1.0})
+    has = worker.layout.within(2)
+    start = np.where(has, worker.initial, np.float32(0))
+    low = order_of(worker, ranks=[2, 2], vectors=start[has], sizes=[int(has.sum())])
+    before = worker.obey(low, 0).vector - start[has]
+    after = (worker.obey(order_of(worker, vectors=start), 0).vector - start)[has]
+    assert abs(np.corrcoef(before, after)[0, 1]) < 4.0 / len(before) ** 0.5
+    assert sum(steps for _, _, steps in worker.ledgers.of(0).events) == 4
+
+
+@pytest.mark.parametrize("order", [{"steps": [-9, -9]}, {"noise": [-1.0, 1.0]}, {"noise": [np.nan, 1.0]}])
+def test_an_order_that_would_give_budget_back_is_refused(points: Flat, order: dict[str, Any]) -> None:
+    worker = worker_of({**points, "privacy.noise-multiplier": 1.0, "seed": 47})
+    with pytest.raises(ValueError, match="no release has"):
+        worker.obey(order_of(worker, **order), 0)
+    assert worker.ledgers.of(0).epsilon == 0.0
 
 
 @pytest.mark.parametrize("change", ["vector", "steps", "entries", "noise", "data"])
@@ -290,19 +350,6 @@ def test_earlier_runs_on_the_same_data_count(points: Flat, tmp_path: Path) -> No
     for round in (1, 2):
         second.obey(order_of(second, round=round), 0)
     assert 0.0 < before < 2.99 <= second.ledgers.of(0).epsilon <= 3.0
-
-
-def test_a_book_a_round_would_report_too_little() -> None:
-    """What Flower's own example prints: the engine of each round begins at zero."""
-    whole, engine = Ledger(100.0, 1e-5), 0.0
-    for number in range(1, 51):
-        release = Release(group=f"round {number}", digest=str(number), z=1.0, q=0.05, steps=10)
-        whole.charge(release)
-        own = Ledger(100.0, 1e-5)
-        own.charge(release)
-        engine = own.epsilon
-    assert whole.epsilon == pytest.approx(8.2967, abs=0.01)
-    assert engine == pytest.approx(2.156, abs=0.01)
 
 
 def test_a_worker_with_a_book_a_round_is_caught(points: Flat, monkeypatch: pytest.MonkeyPatch) -> None:

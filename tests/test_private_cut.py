@@ -7,7 +7,6 @@ must be found out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,14 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from clients import split_private
-from fedlam_app.base.records import SplitReport, decode, kind_of
+from fedlam_app.base.records import SplitReport, TrainOrder, decode, kind_of
 from fedlam_app.base.wire import FORMATS
 from fedlam_app.privacy.accounting import ORDERS, BudgetSpent, Ledger, epsilon_of
 from fedlam_app.privacy.clip import clip_samples, sample_norms
 from fedlam_app.privacy.labels import chances, randomised
 from fedlam_app.privacy.noise import Stream
 from fedlam_app.privacy.statement import statement
+from tests.broken_privacy import Break, over_the_batch, unclipped
 from tests.private_devices import Alone, clipped, guessed, private_run
 from tests.split_runs import Run, tiny_backbones, with_keys
 
@@ -265,6 +265,23 @@ def test_a_device_that_may_spend_no_more_sends_nothing(tmp_path: Path) -> None:
     assert alone.ledger(0).to_json() == before
 
 
+@pytest.mark.parametrize("mechanism", ["jacobian", "logit", "randomised-response"])
+def test_an_order_that_the_mechanism_is_not_made_for_is_refused(tmp_path: Path, mechanism: str) -> None:
+    """A whole model trained without noise would be handed in, and nothing charged."""
+    worker = Alone(private_run(tmp_path, mechanism)).worker
+    order = TrainOrder(
+        cell="{}", round=1, devices=[0], rows=[0], ranks=[worker.layout.rank], known=[0], steps=[1],
+        factors=[1.0], noise=[], free=[], chunks=[], width=0, trains="a+b+other", returns="a+b+other",
+        keeps="", proximal=0.0, probe=False, compact=False, vectors=worker.initial.astype(np.float32),
+        sizes=[len(worker.initial)], kinds=[], entry_ranks=[], first=0, entries=np.zeros(0, np.float32),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="does not make private"):
+        worker.obey(order, 0)
+    flat = with_keys(private_run(tmp_path, "none"), privacy__mechanism="dp-sgd")
+    with pytest.raises(ValueError, match="nothing of what crosses a split"):
+        Alone(flat)
+
+
 def test_what_earlier_runs_spent_on_the_same_data_counts(tmp_path: Path) -> None:
     keys = {"privacy__ledgers": str(tmp_path / "books")}
     for number, target in enumerate((2.0, 5.0)):
@@ -363,25 +380,11 @@ def test_labels_are_recovered_no_better_than_the_noise_allows(tmp_path: Path, z:
     assert bound - 0.06 <= found <= bound + 0.03  # and the attack is a real one
 
 
-def _unclipped(rows: torch.Tensor, counts: list[int], clip: float) -> torch.Tensor:
-    return rows.double()
-
-
-def _divided(self: Stream, shape: Any, std: float = 1.0) -> NDArray[np.float64]:
-    return NORMAL(self, shape, std / shape[0])
-
-
-NORMAL: Callable[..., NDArray[np.float64]] = Stream.normal
-
-
-@pytest.mark.parametrize("mutant", ["no clip", "noise over the batch"])
+@pytest.mark.parametrize("mutant", [unclipped, over_the_batch])
 def test_mutants_are_found_by_the_attack(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: Break
 ) -> None:
-    if mutant == "no clip":
-        monkeypatch.setattr(split_private, "clip_samples", _unclipped)
-    else:
-        monkeypatch.setattr(Stream, "normal", _divided)
+    mutant(monkeypatch)
     bound = stats.norm.cdf(1.0 / 2.0)
     assert recovered(attacked(tmp_path, privacy__noise_multiplier=2.0), 1) > bound + 0.03
 

@@ -47,7 +47,7 @@ def once_run(folder: Path, **keys: Scalar) -> Flat:
     """Return a tiny run with one block on the device and public texts of another kind."""
     public = write_texts(folder / "public.jsonl", 90)
     base = text_run(folder, privacy__mechanism="release-once", split__device_blocks=1)
-    return with_keys(base | {"privacy.public-texts": str(public)}, **keys)
+    return with_keys(base | {"privacy.public-texts": str(public), "privacy.dimensions": 8}, **keys)
 
 
 def worker_of(flat: Flat, folder: Path) -> Worker:

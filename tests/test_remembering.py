@@ -18,7 +18,7 @@ def test_a_head_trains_alone_and_the_backbone_is_asked_once_a_text(tmp_path: Pat
     flat = {**tiny_text_run(tmp_path), "model.tuning": "none", "train.local-steps": 12}
     config = parse(flat)
     worker = Worker(config, TASKS[config.task](config))
-    assert set(worker.named) == {"head.weight", "head.bias"}
+    assert set(worker.named) == {"head.linear.weight", "head.linear.bias"}
     backbone = worker.model.backbone
     assert isinstance(backbone, Remembering)
     asked: list[int] = []

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from clients.released import Releases
 from clients.split import SplitDevice
 from fedlam_app.base.keys import rng
+from fedlam_app.base.plain import plain_fields
 from fedlam_app.base.wire import FORMATS
 from fedlam_app.config import RunConfig, Scalar, parse, to_flat
 from fedlam_app.experiments.audited import exchange, worker_in
@@ -55,13 +56,8 @@ class Attack:
         return self.recovered > self.limit
 
     def record(self) -> dict[str, object]:
-        """Return the attack as JSON, NaN as null."""
-        plain = {key: None if _nan(value) else value for key, value in asdict(self).items()}
-        return plain | {"contradicts": self.contradicts}
-
-
-def _nan(value: object) -> bool:
-    return isinstance(value, float) and math.isnan(value)
+        """Return the attack as JSON; what does not apply is null."""
+        return plain_fields(asdict(self)) | {"contradicts": self.contradicts}
 
 
 # --- clear embeddings ----------------------------------------------------------------------------------

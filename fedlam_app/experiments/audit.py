@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from fedlam_app.base.plain import plain_fields
 from fedlam_app.config import ConfigError, RunConfig
 from fedlam_app.experiments import attacks
 from fedlam_app.experiments.audited import SIZES, SUBJECTS, dirac_run, subject
@@ -66,10 +67,7 @@ class Row:
 
     def record(self) -> dict[str, Any]:
         """Return the row as JSON; what is no number is null."""
-        own = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()
-        }
-        return own | {"contradicts": bool(self.reasons)}
+        return plain_fields(asdict(self)) | {"contradicts": bool(self.reasons)}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ mixed or lost. A sweep alone may grow: into more values of its axes, with all el
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlam_app.base import machine
+from fedlam_app.base.plain import plain
 from fedlam_app.base.store import atomic_file, write_json
 from fedlam_app.config import ConfigError, RunConfig, Scalar, identity, results_folder, to_flat
 from fedlam_app.experiments.cells import cells_of
@@ -74,7 +74,7 @@ class RunFolder:
 
     def append_metrics(self, record: Mapping[str, object]) -> None:
         """Append one record as one line of strict JSON, flushed; NaN and infinities become null."""
-        line = json.dumps(_plain(record), allow_nan=False, ensure_ascii=False)
+        line = json.dumps(plain(record), allow_nan=False, ensure_ascii=False)
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -106,7 +106,7 @@ class RunFolder:
         path = self.path / STATE / f"{name}.safetensors"
         with atomic_file(path) as temporary:
             whole = {key: np.asarray(array, order="C") for key, array in arrays.items()}
-            save_file(whole, temporary, metadata={"meta": json.dumps(_plain(meta))})
+            save_file(whole, temporary, metadata={"meta": json.dumps(plain(meta))})
         return path
 
     def save_privacy(self, name: str, book: Mapping[str, object]) -> None:
@@ -219,16 +219,3 @@ def _saved_config(path: Path) -> dict[str, Scalar]:
 def _key_of(record: Metrics) -> object:
     """A record belongs to its ``key`` (cell and seed), or to its cell where a run has one seed."""
     return record.get("key", record.get("cell"))
-
-
-def _plain(value: object) -> object:
-    """Turn NumPy values, tuples and paths into JSON's types, and what is not finite into null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, np.generic | np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value

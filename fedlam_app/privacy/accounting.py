@@ -28,9 +28,12 @@ import functools
 import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fedlam_app.base.quiet import root_log_kept
 
 FRACTIONS = np.array([1.0 + x / 10.0 for x in range(1, 100) if x % 10])
 INTEGERS = np.array([*range(2, 257), 320, 384, 448, 512, 640, 768, 896, 1024], float)
@@ -62,6 +65,10 @@ class Release:
     q: float = 1.0
     steps: int = 1
     pure: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.z >= 0.0 and 0.0 <= self.q <= 1.0 and self.steps >= 1 and self.pure >= 0.0):
+            raise ValueError(f"no release has z = {self.z}, q = {self.q}, steps = {self.steps}, {self.pure}")
 
 
 @dataclass
@@ -163,8 +170,8 @@ class Ledger:
 
         S. Gopi, Y. T. Lee, L. Wutschitz, NeurIPS 2021, arXiv:2106.02848.
         """
-        from opacus.accountants import PRVAccountant
-
+        with root_log_kept():
+            from opacus.accountants import PRVAccountant
         if not self.events:
             return self.pure
         accountant = PRVAccountant()
@@ -196,6 +203,23 @@ class Ledger:
             raise ValueError(f"this is no privacy ledger ({error}): {text[:80]!r}") from None
 
 
+def kept(path: Path, device: int, budget: float, delta: float) -> Ledger | None:
+    """Return the book that a device has in a file, at a budget of now; ``None`` where there is none.
+
+    ``ValueError`` where it was kept at another delta: its epsilons would mean something else.
+    """
+    if not path.is_file():
+        return None
+    ledger = Ledger.from_json(path.read_text(encoding="utf-8"))
+    if ledger.delta != delta:
+        raise ValueError(
+            f"device {device} keeps its ledger at delta = {ledger.delta:g} ({path}), and 'privacy.delta' ="
+            f" {delta:g}; they must be the same"
+        )
+    ledger.budget = budget
+    return ledger
+
+
 def joint(*noises: float) -> float:
     """Return the noise of several messages about one sample, z^-2 = sum_j z_j^-2; inf tells nothing."""
     told = sum(z**-2 for z in noises) if all(noises) else math.inf
@@ -207,7 +231,7 @@ def rdp(q: float, z: float) -> Rdp:
     """Return the RDP (orders,) of one Gaussian event of noise ``z``, Poisson-sampled at rate ``q``."""
     if q == 0.0 or math.isinf(z):
         return np.zeros(len(ORDERS))
-    if z == 0.0:
+    if z == 0.0 or (q < 1.0 and z < _LEAST / 2.0):  # so little is no noise; its sums would fill the memory
         return np.full(len(ORDERS), np.inf)
     if q == 1.0:
         return ORDERS / (2.0 * z**2)
@@ -240,11 +264,13 @@ def _log_sum(logs: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def epsilon_of(total: Rdp, delta: float) -> float:
     """Return the epsilon at ``delta`` of an RDP (orders,); 0 where nothing was spent."""
-    if not total.any():
-        return 0.0
+    return max(0.0, float(epsilons_of(total, delta).min())) if total.any() else 0.0
+
+
+def epsilons_of(total: Rdp, delta: float) -> Rdp:
+    """Return the epsilon at ``delta`` that each order of an RDP gives (orders,)."""
     with np.errstate(invalid="ignore"):
-        found = total + np.log1p(-1.0 / ORDERS) - (np.log(delta) + np.log(ORDERS)) / (ORDERS - 1)
-    return max(0.0, float(found.min()))
+        return np.asarray(total + np.log1p(-1.0 / ORDERS) - (np.log(delta) + np.log(ORDERS)) / (ORDERS - 1))
 
 
 def _total(total: Rdp, pure: float, delta: float) -> float:

@@ -27,7 +27,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-BIT_SHARE = 1.0 / 20.0  # sigma_b over the expected devices, as in the paper
+BIT_SHARE = 1.0 / 20.0  # sigma_b over the expected devices, as in TensorFlow Privacy
 
 Doubles = NDArray[np.float64]
 

@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlam_app.base.keys import Key, rng
+from fedlam_app.base.plain import plain_fields
 
 ERROR = 0.01  # chance that a bound lies above the truth
 ALARM = 1e-4  # chance that a test of the noise fails a mechanism that is right
@@ -91,8 +92,7 @@ class Finding:
 
     def record(self) -> dict[str, object]:
         """Return the finding as JSON; what does not apply is null."""
-        own = {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
-        return {**own, "reasons": self.reasons}
+        return plain_fields(asdict(self)) | {"reasons": self.reasons}
 
 
 def audit(

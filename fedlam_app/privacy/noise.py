@@ -1,12 +1,11 @@
 """Noise that cannot be foretold: Gaussian draws from AES-256 in counter mode, a key for each purpose.
 
-    key = SHA-256(secret, purpose, ...)          z = sqrt(-2 log u) (cos, sin)(2 pi v)      (G. Box, M.
-    Muller 1958)
+    key = SHA-256(secret, purpose, ...)          z = sqrt(-2 log u) (cos, sin)(2 pi v)
 
-A PCG or a Mersenne twister can be wound back from its output; AES cannot. The same secret and key give the
-same noise, in any process: a killed release is repeated bit for bit. So the key must name everything that
-the noise is added to (see :func:`digest`): were two different messages sent with one noise, their difference
-would be clear.
+(G. Box, M. Muller, Annals of Mathematical Statistics, 1958.) A PCG or a Mersenne twister can be wound back
+from its output; AES cannot. The same secret and key give the same noise, in any process: a killed release is
+repeated bit for bit. So the key must name everything that the noise is added to (see :func:`digest`): were
+two different messages sent with one noise, their difference would be clear.
 
 Not covered: attacks on the floating-point numbers themselves (I. Mironov, CCS 2012).
 """

@@ -25,7 +25,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fedlam_app.privacy.accounting import EXACT, ORDERS, epsilon_of, rdp
+from fedlam_app.privacy.accounting import EXACT, epsilon_of, epsilons_of, rdp
 
 Reals = NDArray[np.float64]
 
@@ -117,6 +117,4 @@ def rescaled(factors: ArrayLike, q: float, z: float, events: float, delta: float
 @lru_cache(maxsize=1024)
 def _order(q: float, z: float, events: float, delta: float) -> int:
     """Return the place of the order at which ``events`` events attain their epsilon."""
-    total = rdp(q, z) * events
-    found = total + np.log1p(-1.0 / ORDERS) - (np.log(delta) + np.log(ORDERS)) / (ORDERS - 1.0)
-    return int(found.argmin())
+    return int(epsilons_of(rdp(q, z) * events, delta).argmin())

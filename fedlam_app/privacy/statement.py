@@ -40,7 +40,7 @@ class Statement:
 
     def text(self) -> str:
         """Return the promise as lines to print."""
-        budget = "none: clipped, without noise" if math.isinf(self.epsilon) else f"{self.epsilon:g}"
+        budget = "inf, which promises nothing," if math.isinf(self.epsilon) else f"{self.epsilon:g}"
         lines = [
             f"privacy: {self.label} ({self.mechanism}), epsilon at most {budget} at delta = {self.delta:g}",
             f"  unit: {self.unit}; {self.adjacency}",
@@ -67,6 +67,7 @@ def statement(config: RunConfig) -> Statement | None:
     if privacy.mechanism == "client":
         if privacy.cohort == "poisson":
             sampling = "a secret coin a device and round; every round counts, at that rate"
+            adversary += ", and does not learn whom the coins chose"
         if privacy.secure:
             adversary += (
                 "; of single updates the server learns nothing but their sum, if it follows the protocol and"
@@ -75,6 +76,10 @@ def statement(config: RunConfig) -> Statement | None:
             trusted = "the server, to add the noise to the sum"
     if privacy.count_channel_noise:
         trusted += "; and the receiver's noise floor, which counts towards the noise"
+        adversary = "whoever hears no better than the worst case that was assumed, or gets the model"
+        uncovered += ["the server, which owns the receiver", "whoever knows the seed of the channel's noise"]
+    if not privacy.ledgers:
+        uncovered.append("other runs on the same data (privacy.ledgers = a folder counts them)")
     if privacy.randomness == "seed":
         uncovered.append("whoever knows the run's seed (privacy.randomness = 'device' closes this)")
     owner = "server" if privacy.mechanism in ("client", "server-dp-sgd") else "device"
@@ -98,15 +103,18 @@ def statement(config: RunConfig) -> Statement | None:
 _ALWAYS = (
     "who takes part and when",
     "how many samples a device has",
-    "how long a device computes",
-    "evaluation metrics",
+    "how long a device computes, and with how much memory",
+    "evaluation metrics, on training samples too",
     "the tuning of hyper-parameters",
     "floating-point attacks on the noise",
+    "a server that has devices run another program or another configuration than this one",
 )
+_COPIES = "the same sample twice, on a device or on several"
 _VISIBLE = "none claimed: batches are visible to the server, so every release counts in full"
 _CLEAR = (
     "the inputs: embeddings go up clear, and every token can be read from them",
     "membership: LoRA gradients span the embeddings of those who took part",
+    _COPIES,
 )
 
 _WORDS: dict[str, dict[str, Any]] = {
@@ -118,13 +126,13 @@ _WORDS: dict[str, dict[str, Any]] = {
         "adversary": "the server and whoever gets the model",
         "trusted": "nobody but the device itself",
         "sampling": "Poisson, each sample by its own secret coin at every step",
-        "uncovered": ("the same sample on several devices",),
+        "uncovered": (_COPIES,),
     },
     "client": {
         "label": DEVICES,
         "unit": "all data of one device",
         "adjacency": "neighbours differ in one device that is there or not",
-        "released": "the noised mean of the clipped updates, every round",
+        "released": "the noised mean of the clipped updates, every round (of the split: every step)",
         "adversary": "whoever gets the model",
         "trusted": "the server, which sees the updates and adds the noise",
         "sampling": "none claimed: every round in which a device takes part counts in full",
@@ -138,7 +146,7 @@ _WORDS: dict[str, dict[str, Any]] = {
         "adversary": "whoever gets the LoRA adapter, and not the server",
         "trusted": "the server, which sees clear embeddings and Jacobians and adds the noise",
         "sampling": "Poisson, each sample by a coin that the trusted server throws",
-        "uncovered": ("who is drawn for a batch, from whoever knows the run's seed",),
+        "uncovered": (_COPIES, "who is drawn for a batch, from whoever knows the run's seed"),
     },
     "jacobian": {
         "label": LABELS,
@@ -181,6 +189,7 @@ _WORDS: dict[str, dict[str, Any]] = {
         "uncovered": (
             "the public texts that the projection is made of",
             "test inputs, which are scored clear",
+            _COPIES,
         ),
     },
 }

@@ -53,6 +53,20 @@ class TrainConfig(Table):
     evaluate_antennas: Positive
     """Antennas of each held-out user that the periodic evaluation takes; the final one takes all."""
 
+    @property
+    def wanted(self) -> int:
+        """Devices that a step asks for."""
+        return self.cohort or self.devices
+
+    @property
+    def share(self) -> float:
+        """Share of the steps that a device takes part in on average."""
+        return min(1.0, self.wanted / self.devices)
+
+    def steps(self, space: str) -> int:
+        """Return the steps of a rule of that space in a run: a round each, or a local step each."""
+        return self.rounds * (self.local_steps if space == "gradient" else 1)
+
 
 class FederationConfig(Table):
     """Where it runs; nothing here changes a number."""

@@ -110,6 +110,11 @@ class PrivacyConfig(Table):
         own = self.device_epsilons
         return own[device % len(own)] if own else self.target_epsilon
 
+    def label_epsilon(self, device: int) -> float:
+        """Return the epsilon that a device's labels are randomised with; inf: they are the true ones."""
+        share = {"randomised-response": 1.0, "release-once": self.label_share}.get(self.mechanism)
+        return math.inf if share is None else share * self.budget(device)
+
     @property
     def noiseless(self) -> bool:
         """Whether every budget is infinite, and no noise asked for: clipping alone."""

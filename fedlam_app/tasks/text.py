@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedlam_app.base.keys import rng
 from fedlam_app.base.registry import pick
-from fedlam_app.config import RunConfig, TextConfig
+from fedlam_app.config import RunConfig, TextConfig, sampling_rate
 from fedlam_app.data.label_partition import PARTITIONS
 from fedlam_app.data.text import TextSet, load_texts
 from fedlam_app.models import backbones, lora
@@ -169,8 +169,7 @@ class TextTask(ABC):
 
     def rate(self, device: int) -> float:
         """Return the chance q that a Poisson batch has any one sample of a device."""
-        own = self.config.train.batch_rows / max(1, len(self.shards[device]))
-        return self.config.privacy.sampling_rate or min(1.0, own)
+        return sampling_rate(self.config, len(self.shards[device]))
 
     def batch(self, device: int, round: int, step: int) -> TextBatch:
         owners = range(self.config.train.devices) if self.config.strategy == "central" else [device]
