@@ -88,7 +88,8 @@ def write_result(
             "machine": machine.processor() | {"load_before": [round(load, 2) for load in _LOAD_BEFORE]},
             "versions": machine.versions(),
             "figures": [
-                asdict(figure) | {"value": _finite(figure.value), "holds": figure.holds} for figure in figures
+                asdict(figure) | {"value": _finite(float(figure.value)), "holds": bool(figure.holds)}
+                for figure in figures
             ],
             "extra": dict(extra or {}),
         },

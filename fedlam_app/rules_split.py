@@ -15,6 +15,7 @@ from fedlam_app.rules_wireless import has_fleet
 if TYPE_CHECKING:
     from fedlam_app.config import RunConfig
 
+PRETRAINED = ("minilm", "smollm2", "gpt2")  # whose words have vectors that everybody knows
 _SLACK = 1e-9  # as in the trimmed mean: 0.29 of 100 devices are 29
 
 
@@ -133,6 +134,13 @@ def _once(config: RunConfig) -> Iterator[str]:
         yield (
             f"'text.pool' = '{config.text.pool}' is not allowed with 'split.device-blocks' = 0 and {key}: one"
             " word stands for itself alone before any block; it must be 'mean', or blocks be on the device"
+        )
+    kept, least = config.split.device_blocks, config.model.blocks // 2
+    if kept < least and config.model.backbone in PRETRAINED:
+        yield (
+            f"'split.device-blocks' = {kept} is not allowed with {key}: so early in the backbone a vector"
+            f" still gives away the words of its text; it must be at least {least} of 'model.blocks' ="
+            f" {config.model.blocks}"
         )
     if privacy.public_texts == config.text.source:
         yield (

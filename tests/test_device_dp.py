@@ -325,26 +325,6 @@ def test_the_ledger_does_not_let_totals_be_tried() -> None:
     assert names[0] != names[1]
 
 
-def test_the_ledger_does_not_let_totals_be_tried() -> None:
-    names = []
-    for secret in (b"one", b"two"):
-        dp = reception(privacy__noise_multiplier=1.0)
-        dp.__dict__["_secret"] = secret
-        heard(dp, np.ones((2, 6)))
-        names.append(dp.books.of(0).parts[""])
-    assert names[0] != names[1]
-
-
-def test_the_ledger_does_not_let_totals_be_tried() -> None:
-    names = []
-    for secret in (b"one", b"two"):
-        dp = reception(privacy__noise_multiplier=1.0)
-        dp.__dict__["_secret"] = secret
-        heard(dp, np.ones((2, 6)))
-        names.append(dp.books.of(0).parts[""])
-    assert names[0] != names[1]
-
-
 # --- the clip that follows a quantile ---------------------------------------------------------------------
 
 
@@ -569,30 +549,6 @@ def test_runs_side_by_side_have_one_book(tmp_path: Path, cohort: str) -> None:
     flats = [
         dp_run(seed=seed, privacy__target_epsilon=1e3, privacy__cohort=cohort, **keys) for seed in (7, 3)
     ]
-    runs = [(federation_of(flat), InProcessGrid(app, 1, flat)) for flat in flats]
-    for number in (1, 2):
-        for federation, grid in runs:
-            federation.train_round(grid, number)
-    book = Ledger.from_json((tmp_path / "0.json").read_text())
-    assert [steps for _, _, steps in book.events] == [4]
-
-
-@pytest.mark.parametrize("cohort", ["visible", "poisson"])
-def test_runs_side_by_side_have_one_book(tmp_path: Path, cohort: str) -> None:
-    keys: Flat = {"privacy__ledgers": str(tmp_path), "privacy__noise_multiplier": 2.0, "train__rounds": 2}
-    flats = [dp_run(seed=seed, privacy__target_epsilon=1e3, privacy__cohort=cohort, **keys) for seed in (7, 3)]
-    runs = [(federation_of(flat), InProcessGrid(app, 1, flat)) for flat in flats]
-    for number in (1, 2):
-        for federation, grid in runs:
-            federation.train_round(grid, number)
-    book = Ledger.from_json((tmp_path / "0.json").read_text())
-    assert [steps for _, _, steps in book.events] == [4]
-
-
-@pytest.mark.parametrize("cohort", ["visible", "poisson"])
-def test_runs_side_by_side_have_one_book(tmp_path: Path, cohort: str) -> None:
-    keys: Flat = {"privacy__ledgers": str(tmp_path), "privacy__noise_multiplier": 2.0, "train__rounds": 2}
-    flats = [dp_run(seed=seed, privacy__target_epsilon=1e3, privacy__cohort=cohort, **keys) for seed in (7, 3)]
     runs = [(federation_of(flat), InProcessGrid(app, 1, flat)) for flat in flats]
     for number in (1, 2):
         for federation, grid in runs:

@@ -119,30 +119,6 @@ def test_charges_at_once_are_all_written_down(tmp_path: Path) -> None:
     assert Ledgers(config, tmp_path / "own").of(3).events == [(1.0, 50.0, 40)]
 
 
-def test_charges_at_once_are_all_written_down(tmp_path: Path) -> None:
-    """Experiments side by side may have one book, in threads and processes of their own."""
-    config = parse({"privacy.mechanism": "dp-sgd", "privacy.ledgers": str(tmp_path)})
-
-    def charge(number: int) -> None:
-        Ledgers(config, tmp_path / "own").charge(3, Release(group=str(number), z=50.0))
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(charge, range(40)))
-    assert Ledgers(config, tmp_path / "own").of(3).events == [(1.0, 50.0, 40)]
-
-
-def test_charges_at_once_are_all_written_down(tmp_path: Path) -> None:
-    """Experiments side by side may have one book, in threads and processes of their own."""
-    config = parse({"privacy.mechanism": "dp-sgd", "privacy.ledgers": str(tmp_path)})
-
-    def charge(number: int) -> None:
-        Ledgers(config, tmp_path / "own").charge(3, Release(group=str(number), z=50.0))
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(charge, range(40)))
-    assert Ledgers(config, tmp_path / "own").of(3).events == [(1.0, 50.0, 40)]
-
-
 def test_of_two_copies_the_dearer_is_true(tmp_path: Path) -> None:
     from fedlam_app.privacy.accounting import Release
 

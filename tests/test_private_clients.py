@@ -214,46 +214,6 @@ def test_an_order_that_would_give_budget_back_is_refused(points: Flat, order: di
     assert worker.ledgers.of(0).epsilon == 0.0
 
 
-def test_another_rank_is_another_question(texts: Flat) -> None:
-    """The same vector: only what gets noise differs, and from the second step on what it is added to."""
-    worker = worker_of({**texts, "strategy": "hetlora", "privacy.noise-multiplier": 1.0})
-    has = worker.layout.within(2)
-    start = np.where(has, worker.initial, np.float32(0))
-    low = order_of(worker, ranks=[2, 2], vectors=start[has], sizes=[int(has.sum())])
-    before = worker.obey(low, 0).vector - start[has]
-    after = (worker.obey(order_of(worker, vectors=start), 0).vector - start)[has]
-    assert abs(np.corrcoef(before, after)[0, 1]) < 4.0 / len(before) ** 0.5
-    assert sum(steps for _, _, steps in worker.ledgers.of(0).events) == 4
-
-
-@pytest.mark.parametrize("order", [{"steps": [-9, -9]}, {"noise": [-1.0, 1.0]}, {"noise": [np.nan, 1.0]}])
-def test_an_order_that_would_give_budget_back_is_refused(points: Flat, order: dict[str, Any]) -> None:
-    worker = worker_of({**points, "privacy.noise-multiplier": 1.0, "seed": 47})
-    with pytest.raises(ValueError, match="no release has"):
-        worker.obey(order_of(worker, **order), 0)
-    assert worker.ledgers.of(0).epsilon == 0.0
-
-
-def test_another_rank_is_another_question(texts: Flat) -> None:
-    """The same vector: only what gets noise differs, and from the second step on what it is added to."""
-    worker = worker_of({**texts, "strategy": "hetlora", "privacy.noise-multiplier": 1.0})
-    has = worker.layout.within(2)
-    start = np.where(has, worker.initial, np.float32(0))
-    low = order_of(worker, ranks=[2, 2], vectors=start[has], sizes=[int(has.sum())])
-    before = worker.obey(low, 0).vector - start[has]
-    after = (worker.obey(order_of(worker, vectors=start), 0).vector - start)[has]
-    assert abs(np.corrcoef(before, after)[0, 1]) < 4.0 / len(before) ** 0.5
-    assert sum(steps for _, _, steps in worker.ledgers.of(0).events) == 4
-
-
-@pytest.mark.parametrize("order", [{"steps": [-9, -9]}, {"noise": [-1.0, 1.0]}, {"noise": [np.nan, 1.0]}])
-def test_an_order_that_would_give_budget_back_is_refused(points: Flat, order: dict[str, Any]) -> None:
-    worker = worker_of({**points, "privacy.noise-multiplier": 1.0, "seed": 47})
-    with pytest.raises(ValueError, match="no release has"):
-        worker.obey(order_of(worker, **order), 0)
-    assert worker.ledgers.of(0).epsilon == 0.0
-
-
 @pytest.mark.parametrize("change", ["vector", "steps", "entries", "noise", "data"])
 def test_another_question_gets_other_noise_and_is_charged(
     texts: Flat, change: str, monkeypatch: pytest.MonkeyPatch

@@ -271,30 +271,6 @@ def test_a_step_begun_again_with_other_answers_is_another_release(tmp_path: Path
         assert [steps for _, _, steps in Ledger.from_json(run.federation.ledgers[0]).events] == [events]
 
 
-def test_a_step_begun_again_with_other_answers_is_another_release(tmp_path: Path) -> None:
-    """The books of the disk know the step; whether it is the same sum, they must ask."""
-    keys = {"privacy__ledgers": str(tmp_path / "books"), "privacy__noise_multiplier": 2.0}
-    for other, events in ((False, 1), (False, 1), (True, 2)):
-        run = Run(private_run(tmp_path, train__local_steps=1, **keys), tmp_path)
-        if other:
-            nothing = np.zeros(run.lora.size)
-            trusted(run).samples.clipped = lambda *_: nothing  # type: ignore[method-assign, assignment]
-        run.rounds(1, 1)
-        assert [steps for _, _, steps in Ledger.from_json(run.federation.ledgers[0]).events] == [events]
-
-
-def test_a_step_begun_again_with_other_answers_is_another_release(tmp_path: Path) -> None:
-    """The books of the disk know the step; whether it is the same sum, they must ask."""
-    keys = {"privacy__ledgers": str(tmp_path / "books"), "privacy__noise_multiplier": 2.0}
-    for other, events in ((False, 1), (False, 1), (True, 2)):
-        run = Run(private_run(tmp_path, train__local_steps=1, **keys), tmp_path)
-        if other:
-            nothing = np.zeros(run.lora.size)
-            trusted(run).samples.clipped = lambda *_: nothing  # type: ignore[method-assign, assignment]
-        run.rounds(1, 1)
-        assert [steps for _, _, steps in Ledger.from_json(run.federation.ledgers[0]).events] == [events]
-
-
 def test_every_sample_has_its_own_coin(tmp_path: Path) -> None:
     task = Run(private_run(tmp_path, privacy__sampling_rate=0.3), tmp_path).task
     assert isinstance(task, TextTask)

@@ -112,7 +112,9 @@ def vectors(config: RunConfig, folder: Path, texts: int, words: int = 4096) -> A
     what counts is how much more of a text its own vector finds than another's. Those lie at most 2 C apart,
     so that no attack whatever finds more by 2 Phi(1 / z) - 1, their distance in total variation.
     """
-    task = _task(config, folder, {"privacy.mechanism": "release-once", "text.train": texts})
+    blocks = config.split.device_blocks or config.model.blocks - 1  # a late cut, where none is named
+    keys: dict[str, Scalar] = {"split.device-blocks": blocks, "text.train": texts}
+    task = _task(config, folder, {"privacy.mechanism": "release-once", **keys})
     worker = worker_in(folder, task.config, task)
     noised = Releases(worker).of(0)
     every = [task.encoded["train"][i][0].astype(np.int64) for i in task.shards[0]]

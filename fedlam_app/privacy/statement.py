@@ -40,7 +40,7 @@ class Statement:
 
     def text(self) -> str:
         """Return the promise as lines to print."""
-        budget = "inf, which promises nothing," if math.isinf(self.epsilon) else f"{self.epsilon:g}"
+        budget = "none: nothing is promised" if math.isinf(self.epsilon) else f"{self.epsilon:g}"
         lines = [
             f"privacy: {self.label} ({self.mechanism}), epsilon at most {budget} at delta = {self.delta:g}",
             f"  unit: {self.unit}; {self.adjacency}",
