@@ -12,7 +12,9 @@ import csv
 import math
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ class Arm:
     budgets: dict[float, str]  # epsilon -> bound on the points lost
     rates: dict[float, tuple[float, ...]]  # that are tried on validation texts
     rate: str = "train.lr"
+    together: bool = False  # in one process, where a frozen model is asked once a text for all of them
 
 
 ARMS = {
@@ -72,6 +75,7 @@ ARMS = {
         },
         {8.0: "<= 1", 1.0: "<= 3"},
         {NONE: (3.0, 10.0), 8.0: (3.0, 10.0), 1.0: (1.0, 3.0)},
+        together=True,
     ),
     "split, label-DP by randomised response": Arm(
         {
@@ -121,20 +125,29 @@ def main() -> int:
             for budget, rates in arm.rates.items():
                 scores = {rate: found.get((name, f"{budget} {rate}"), {}) for rate in rates}
                 best[name, budget] = max(scores, key=lambda rate: scores[rate].get("accuracy", 0.0))
+        groups = _groups(best)
         runs = {
-            (name, f"{budget} {seed}"): call(
-                federated, _keys(ARMS[name], budget, rate) | {"seed": seed, "text.source": str(test)}
+            key: partial(
+                _one_after_another,
+                [
+                    _keys(ARMS[name], budget, best[name, budget]) | {"seed": seed, "text.source": str(test)}
+                    for name, budget, seed in group
+                ],
             )
-            for (name, budget), rate in best.items()
-            for seed in SEEDS
+            for key, group in groups.items()
         }
-        results = in_parallel("privacy_utility", runs)
+        scored = in_parallel("privacy_utility", runs)
+    results = {
+        (name, f"{budget} {seed}"): accuracy
+        for key, group in groups.items()
+        for (name, budget, seed), accuracy in zip(group, scored[key]["accuracies"], strict=True)
+    }
     figures = [figure for name in ARMS for figure in _figures(name, results)]
     extra = {
         "arms": {name: dict(arm.keys) for name, arm in ARMS.items()},
         "rates": {f"{name}, {budget}": rate for (name, budget), rate in best.items()},
         "validation": {" ".join(key): result["accuracy"] for key, result in found.items()},
-        "test": {" ".join(key): result["accuracy"] for key, result in results.items()},
+        "test": {" ".join(key): accuracy for key, accuracy in results.items()},
     }
     write_result("privacy_utility", figures, seed=SEEDS[0], extra=extra)
     done("privacy_utility validation")
@@ -144,13 +157,27 @@ def main() -> int:
     return 0 if all(figure.holds for figure in figures) else 1
 
 
+def _groups(best: Mapping[tuple[str, float], float]) -> dict[tuple[str, str], list[tuple[str, float, int]]]:
+    """Return the runs (arm, budget, seed) that share a process, under a name each."""
+    groups: dict[tuple[str, str], list[tuple[str, float, int]]] = {}
+    for name, budget in best:
+        for seed in SEEDS:
+            key = f"together {seed % 2}" if ARMS[name].together else f"{budget} {seed}"
+            groups.setdefault((name, key), []).append((name, budget, seed))
+    return groups
+
+
+def _one_after_another(runs: list[dict[str, Scalar]]) -> dict[str, Any]:
+    return {"accuracies": [float(federated(keys)["accuracy"]) for keys in runs]}
+
+
 def _keys(arm: Arm, budget: float, rate: float) -> dict[str, Scalar]:
     return {**arm.keys, "privacy.target-epsilon": budget, arm.rate: rate}
 
 
-def _figures(name: str, results: dict[Any, dict[str, Any]]) -> list[Figure]:
+def _figures(name: str, results: dict[tuple[str, str], float]) -> list[Figure]:
     def points(budget: float) -> np.ndarray:
-        return np.array([100.0 * results[name, f"{budget} {seed}"]["accuracy"] for seed in SEEDS])
+        return np.array([100.0 * results[name, f"{budget} {seed}"] for seed in SEEDS])
 
     figures = []
     for budget, bound in ARMS[name].budgets.items():

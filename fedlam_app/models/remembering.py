@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from fedlam_app.models.split import Tokens, rows_of
 
-MOST = 200_000  # answers that are kept; past that all are forgotten
+MOST = 200_000  # answers that are kept of a backbone; past that all are forgotten
+
+Answers = dict[bytes, Tensor]
+_ANSWERS: dict[bytes, Answers] = {}  # of this process, by backbone: experiments beside each other share them
 
 
 class Remembering(nn.Module):
@@ -23,7 +26,7 @@ class Remembering(nn.Module):
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.inner = backbone
-        self._known: dict[bytes, Tensor] = {}
+        self._known = _ANSWERS.setdefault(_name(backbone), {})
 
     @property
     def width(self) -> int:
@@ -51,6 +54,14 @@ class Remembering(nn.Module):
 def remembering(backbone: nn.Module) -> nn.Module:
     """Return the backbone with a memory, if nothing in it trains."""
     return backbone if any(p.requires_grad for p in backbone.parameters()) else Remembering(backbone)
+
+
+def _name(backbone: nn.Module) -> bytes:
+    """Return a name of all that a backbone's answers depend on beside their tokens."""
+    name = hashlib.sha256(repr(backbone).encode())
+    for key, value in backbone.state_dict().items():
+        name.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return name.digest()
 
 
 def _apart(tokens: Tokens) -> list[Tokens]:
