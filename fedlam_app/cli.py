@@ -152,6 +152,7 @@ def list_names() -> None:
 
     from fedlam_app import config
     from fedlam_app.models import backbones, predictors
+    from fedlam_app.tables.privacy import PrivacyConfig
     from fedlam_app.tables.wireless import SelectionConfig
     from fedlam_app.tasks import TASKS
     from fedlam_app.wireless.shares import ALLOCATORS
@@ -164,6 +165,7 @@ def list_names() -> None:
         ("policies", POLICIES),
         ("modes", get_args(SelectionConfig.model_fields["mode"].annotation)),
         ("allocators", ALLOCATORS),
+        ("mechanisms", get_args(PrivacyConfig.model_fields["mechanism"].annotation)),
         ("tasks", TASKS),
         ("models", predictors.PREDICTORS),
         ("backbones", backbones.NAMES),
