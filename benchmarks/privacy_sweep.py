@@ -1,6 +1,6 @@
 """A sweep in one warm run against a run a cell: `fedlam sweep` through Flower and Ray, wall time a cell.
 
-The small preset: 2,000 Rotten Tomatoes sentences, two blocks of MiniLM, eight steps of DP-SGD on two devices:
+The small preset: 2,000 Rotten Tomatoes sentences, one block of MiniLM, six steps of DP-SGD on two devices:
 a cell trains for seconds, and learns enough to show what epsilon costs. One `fedlam sweep` of 4 epsilons, 3
 strategies and 3 seeds (36 cells), from nothing to its report, in a Flower home of its own; then two of its
 cells as `fedlam run`, each from nothing too. Axes as arguments replace the three, for a quick look that
@@ -27,9 +27,9 @@ from fedlam_app.experiments.track import read_metrics
 from fedlam_app.launch import environment, read_overrides
 
 PRESET = (
-    "task=text-classification text.train=2000 text.test=400 text.max-tokens=32 model.blocks=2 model.rank=4"
-    " model.lora-on=attention train.devices=2 train.rounds=8 train.local-steps=1 train.batch-rows=150"
-    " train.optimiser=sgd train.lr=8.0 train.evaluate-every=8 privacy.mechanism=dp-sgd"
+    "task=text-classification text.train=2000 text.test=300 text.max-tokens=32 model.blocks=1 model.rank=4"
+    " model.lora-on=attention train.devices=2 train.rounds=6 train.local-steps=1 train.batch-rows=100"
+    " train.optimiser=sgd train.lr=8.0 train.evaluate-every=6 privacy.mechanism=dp-sgd"
 )
 AXES = ("privacy.target-epsilon=1,3,8,inf", "strategy=fedit,ffa-lora,rolora", "seed=1,2,3")
 ALONE = 2  # cells that are run by themselves
