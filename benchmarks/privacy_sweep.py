@@ -1,10 +1,10 @@
 """A sweep in one warm run against a run a cell: `fedlam sweep` through Flower and Ray, wall time a cell.
 
-The small preset: 2,000 Rotten Tomatoes sentences, one block of MiniLM, six steps of DP-SGD on two devices:
-a cell trains for seconds, and learns enough to show what epsilon costs. One `fedlam sweep` of 4 epsilons, 3
-strategies and 3 seeds (36 cells), from nothing to its report, in a Flower home of its own; then two of its
-cells as `fedlam run`, each from nothing too. Axes as arguments replace the three, for a quick look that
-writes no result:
+The small preset: 2,000 Rotten Tomatoes sentences, one block of MiniLM, six steps of DP-SGD on two devices: a
+cell trains for seconds, so that what a run costs besides is seen (it learns little: this is about time). One
+`fedlam sweep` of 4 epsilons, 3 strategies and 3 seeds (36 cells), from nothing to its report, in a Flower home
+of its own; then two of its cells as `fedlam run`, each from nothing too. Axes as arguments replace the three,
+for a quick look that writes no result:
 
     python -m benchmarks.privacy_sweep "privacy.target-epsilon=3,inf" "strategy=fedit" "seed=1"
 """
@@ -12,7 +12,6 @@ writes no result:
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.own_flower import own_flower
-from benchmarks.record import RESULTS, Figure, write_result
+from benchmarks.record import Figure, write_result
 from fedlam_app.experiments.cells import Cell, cells_of
 from fedlam_app.experiments.track import read_metrics
 from fedlam_app.launch import environment, read_overrides
@@ -69,10 +68,7 @@ def main() -> int:
         results = folder / "run"
         code, sweep_s = fedlam(["sweep", *axes, "-c", PRESET, "--results", str(results)], folder)
         found = finals(results)
-        plot = results / "plots" / "sweep.png"
-        page = (results / "report.html").is_file() and plot.is_file()
-        if page and axes == list(AXES):
-            shutil.copyfile(plot, RESULTS / "privacy_sweep.png")
+        page = (results / "report.html").is_file() and (results / "plots" / "sweep.png").is_file()
         chosen = [cells[0], cells[-1]][:ALONE]
         runs = [alone(cell, Path(name) / str(place)) for place, cell in enumerate(chosen)]
     a_cell, a_run = sweep_s / len(cells), sum(wall_s for _, wall_s, _ in runs) / len(runs)

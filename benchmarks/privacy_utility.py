@@ -45,7 +45,9 @@ class Arm:
     """One way of being private, its budgets and the points that it may lose."""
 
     keys: Flat
-    budgets: dict[float, str]  # epsilon -> bound on the points lost
+    budgets: dict[
+        float, str
+    ]  # epsilon -> bound on the points lost; empty: looked at on validation texts only
     rates: dict[float, tuple[float, ...]]  # that are tried on validation texts
     rate: str = "train.lr"
     together: bool = False  # in one process, where a frozen model is asked once a text for all of them
@@ -98,7 +100,7 @@ ARMS = {
             "split.device-blocks": 5,
             "privacy.mechanism": "release-once",
         },
-        {10.0: ""},
+        {},
         {10.0: (0.1, 0.5)},
         "split.head-lr",
     ),
@@ -143,6 +145,11 @@ def main() -> int:
         for (name, budget, seed), accuracy in zip(group, scored[key]["accuracies"], strict=True)
     }
     figures = [figure for name in ARMS for figure in _figures(name, results)]
+    for name, arm in ARMS.items():
+        for budget in arm.rates if not arm.budgets else ():
+            reached = found[name, f"{budget} {best[name, budget]}"]["accuracy"]
+            what = f"{name}, epsilon {budget:g}: accuracy on validation texts, one seed"
+            figures.append(Figure("privacy", what, 100.0 * reached, "%"))
     extra = {
         "arms": {name: dict(arm.keys) for name, arm in ARMS.items()},
         "rates": {f"{name}, {budget}": rate for (name, budget), rate in best.items()},
@@ -161,6 +168,8 @@ def _groups(best: Mapping[tuple[str, float], float]) -> dict[tuple[str, str], li
     """Return the runs (arm, budget, seed) that share a process, under a name each."""
     groups: dict[tuple[str, str], list[tuple[str, float, int]]] = {}
     for name, budget in best:
+        if not ARMS[name].budgets:
+            continue
         for seed in SEEDS:
             key = f"together {seed % 2}" if ARMS[name].together else f"{budget} {seed}"
             groups.setdefault((name, key), []).append((name, budget, seed))
