@@ -2,8 +2,8 @@
 
 The small preset: 2,000 Rotten Tomatoes sentences, one block of MiniLM, six steps of DP-SGD on two devices: a
 cell trains for seconds, so that what a run costs besides is seen (it learns little: this is about time). One
-`fedlam sweep` of 4 epsilons, 3 strategies and 3 seeds (36 cells), from nothing to its report, in a Flower home
-of its own; then two of its cells as `fedlam run`, each from nothing too. Axes as arguments replace the three,
+`fedlam sweep` of 4 epsilons, 3 strategies and 3 seeds (36 cells), from nothing to its report, in a home of
+its own; then two of its cells as `fedlam run`, each from nothing too. Axes as arguments replace the three,
 for a quick look that writes no result:
 
     python -m benchmarks.privacy_sweep "privacy.target-epsilon=3,inf" "strategy=fedit" "seed=1"
